@@ -1,0 +1,1 @@
+"""Configuration, the Serve application, the command line, the HTTP interface and deployment."""

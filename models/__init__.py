@@ -1,0 +1,1 @@
+"""Teachers, students, detectors, training, calibration, evaluation, registry. A leaf: no redis, no ray."""
