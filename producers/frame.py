@@ -1,0 +1,269 @@
+"""A frame: one captured image with its origin, and its form on the wire.
+
+Wire form (fields of an entry in `frames:{product}`, version 1):
+    v               b"1"
+    camera          name
+    seq             int, stamped at capture, never reused by the camera
+    captured_at_ns  int, nanoseconds since the epoch (UTC)
+    codec           jpeg | png | raw
+    shape           "height,width,channels" of the decoded image
+    data            the encoded image; raw is C-contiguous uint8, RGB or grey
+"""
+
+import io
+import re
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Self
+
+import cv2
+import numpy as np
+from PIL import Image
+
+from producers.errors import FrameError, MalformedEntry, UnreadableImage
+
+VERSION = 1
+MAX_PIXELS = 64_000_000
+CODECS = ("jpeg", "png", "raw")
+_PRODUCT = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
+_CAMERA = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
+_MAX_INT64 = 2**63 - 1
+
+
+def check_product(name: str) -> str:
+    """Return `name` if it is a product's name, else raise FrameError."""
+    if not _PRODUCT.fullmatch(name):
+        raise FrameError(
+            f"product {name[:80]!r} is not a valid name: 1 to 63 of a-z, 0-9, '_' and '-', a letter or digit first"
+        )
+    return name
+
+
+def check_camera(name: str) -> str:
+    """Return `name` if it is a camera's name, else raise FrameError."""
+    if not _CAMERA.fullmatch(name):
+        raise FrameError(
+            f"camera {name[:80]!r} is not a valid name: 1 to 63 letters, digits, '_', '.', '-', a letter or digit first"
+        )
+    return name
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """An image in its wire codec.
+
+    Attributes:
+        codec: `jpeg`, `png` or `raw`.
+        shape: (height, width, channels) of the image; channels is 1 for a grey image, else 3.
+        data: the encoded bytes.
+    """
+
+    codec: str
+    shape: tuple[int, int, int]
+    data: bytes
+
+    @classmethod
+    def encode(cls, image: np.ndarray, codec: str = "jpeg", jpeg_quality: int = 95) -> Self:
+        """Encode an image (H, W, 3) uint8 RGB.
+
+        Raises:
+            FrameError: the array is no such image, or the codec is unknown.
+        """
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
+            raise FrameError(f"expected an image (H, W, 3) uint8 RGB, got {image.shape} {image.dtype}")
+        height, width = image.shape[:2]
+        shape = (int(height), int(width), 3)
+        if codec == "raw":
+            return cls(codec, shape, np.ascontiguousarray(image).tobytes())
+        if codec not in CODECS:
+            raise FrameError(f"codec {codec!r} is unknown; use one of {', '.join(CODECS)}")
+        # 4:4:4: chroma subsampling would blur thin coloured defects
+        options = [
+            cv2.IMWRITE_JPEG_QUALITY,
+            jpeg_quality,
+            cv2.IMWRITE_JPEG_SAMPLING_FACTOR,
+            cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444,
+        ]
+        done, data = cv2.imencode(
+            ".jpg" if codec == "jpeg" else ".png",
+            cv2.cvtColor(image, cv2.COLOR_RGB2BGR),
+            options if codec == "jpeg" else [cv2.IMWRITE_PNG_COMPRESSION, 1],
+        )
+        if not done:
+            raise FrameError(f"the image of {width}x{height} could not be encoded as {codec}")
+        return cls(codec, shape, data.tobytes())
+
+    def decode(self, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+        """Decode to an image (H, W, 3) uint8 RGB.
+
+        The size is read from the image's header before any pixel is decoded, so that a decompression bomb
+        costs nothing.
+
+        Raises:
+            UnreadableImage: unknown codec, no or corrupt data, too many pixels, or not of the declared shape.
+        """
+        if not self.data:
+            raise UnreadableImage("the image is empty (0 bytes)")
+        if self.codec == "raw":
+            return self._decode_raw(max_pixels)
+        if self.codec not in CODECS:
+            raise UnreadableImage(f"codec {self.codec!r} is unknown")
+        height, width = header_size(self.data)
+        _check_pixels(height, width, max_pixels)
+        if (height, width) != self.shape[:2] or self.shape[2] not in (1, 3):
+            raise UnreadableImage(f"declared as shape {_listed(self.shape)}, its data holds {height},{width},3")
+        image = _decode_pixels(self.data)
+        if image is None or image.shape != (height, width, 3):
+            raise UnreadableImage(f"corrupt {self.codec} data ({len(self.data)} bytes)")
+        return image
+
+    def _decode_raw(self, max_pixels: int) -> np.ndarray:
+        height, width, channels = self.shape
+        if channels not in (1, 3) or height < 1 or width < 1:
+            raise UnreadableImage(f"raw shape {_listed(self.shape)} is not height,width,1 or height,width,3")
+        _check_pixels(height, width, max_pixels)
+        if len(self.data) != height * width * channels:
+            raise UnreadableImage(f"raw data of {len(self.data)} bytes does not fill the shape {_listed(self.shape)}")
+        image = np.frombuffer(self.data, np.uint8).reshape(height, width, channels)
+        return np.repeat(image, 3, axis=2) if channels == 1 else image
+
+
+def header_size(data: bytes) -> tuple[int, int]:
+    """(height, width) from an encoded image's header, without decoding it.
+
+    Raises:
+        UnreadableImage: the header is not an image's.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(data)) as image:
+                return image.height, image.width
+    except Image.DecompressionBombError:
+        raise UnreadableImage("the image has more than 178 megapixels") from None
+    except Exception:  # the border to parsers of hostile bytes, whose errors are of any kind
+        raise UnreadableImage(f"not an image: {len(data)} bytes of corrupt or unknown data") from None
+
+
+def _decode_pixels(data: bytes) -> np.ndarray | None:
+    """Decode to RGB, None for corrupt data. A truncated JPEG is corrupt: half a picture must not pass."""
+    if data.startswith(b"\xff\xd8") and _is_cut_off(data):
+        return None
+    try:
+        return cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
+    except cv2.error:
+        return None
+
+
+def _is_cut_off(jpeg: bytes) -> bool:
+    """Whether no end of image follows the pixels; bytes behind it, as cameras pad their buffers with, do not matter."""
+    end, pixels = b"\xff\xd9", b"\xff\xda"
+    return not jpeg.endswith(end) and jpeg.rfind(end) < jpeg.rfind(pixels)
+
+
+def _listed(shape: tuple[int, int, int]) -> str:
+    return ",".join(str(n) for n in shape)
+
+
+def _check_pixels(height: int, width: int, max_pixels: int) -> None:
+    if height * width > max_pixels:
+        raise UnreadableImage(
+            f"{width}x{height} = {height * width / 1e6:.0f} megapixels, more than the {max_pixels / 1e6:.0f} allowed"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """One image with its origin. Validated here, trusted afterwards.
+
+    Attributes:
+        product: what is inspected.
+        camera: the source.
+        seq: sequence number of the camera, stamped at capture and never reused.
+        captured_at_ns: capture time, nanoseconds since the epoch (UTC).
+        picture: the image in its wire codec.
+    """
+
+    product: str
+    camera: str
+    seq: int
+    captured_at_ns: int
+    picture: Picture
+
+    def __post_init__(self) -> None:
+        check_product(self.product)
+        check_camera(self.camera)
+        if not 0 <= self.seq <= _MAX_INT64 or not 0 <= self.captured_at_ns <= _MAX_INT64:
+            raise FrameError(f"seq {self.seq} or captured_at_ns {self.captured_at_ns} is not a positive int64")
+
+    @property
+    def frame_id(self) -> str:
+        """`product/camera/seq`: names this frame everywhere, for ever."""
+        return f"{self.product}/{self.camera}/{self.seq}"
+
+    def to_fields(self) -> dict[str, str | int | bytes]:
+        """The entry's fields on the wire."""
+        return {
+            "v": VERSION,
+            "camera": self.camera,
+            "seq": self.seq,
+            "captured_at_ns": self.captured_at_ns,
+            "codec": self.picture.codec,
+            "shape": _listed(self.picture.shape),
+            "data": self.picture.data,
+        }
+
+    @classmethod
+    def from_fields(cls, product: str, fields: Mapping[bytes, bytes]) -> Self:
+        """Read an entry's fields. What concerns only the image is left to `Picture.decode`.
+
+        Raises:
+            MalformedEntry: the entry names no version, camera, sequence number or capture time that can be read.
+        """
+        version = fields.get(b"v")
+        if version != str(VERSION).encode():
+            raise MalformedEntry(f"wire version {_shown(version)} is not {VERSION}")
+        try:
+            return cls(
+                product=product,
+                camera=_text(fields, b"camera"),
+                seq=_integer(fields, b"seq"),
+                captured_at_ns=_integer(fields, b"captured_at_ns"),
+                picture=Picture(_codec(fields), _shape(fields), fields.get(b"data", b"")),
+            )
+        except FrameError as error:
+            raise MalformedEntry(str(error)) from None
+
+
+def _shown(value: bytes | None) -> str:
+    return "(missing)" if value is None else repr(value[:40])
+
+
+def _text(fields: Mapping[bytes, bytes], name: bytes) -> str:
+    value = fields.get(name)
+    try:
+        return (value or b"").decode("ascii")
+    except UnicodeDecodeError:
+        raise MalformedEntry(f"field {name.decode()} is {_shown(value)}, not a name") from None
+
+
+def _codec(fields: Mapping[bytes, bytes]) -> str:
+    """The declared codec, whatever it says: an unknown one makes the image unreadable, not the entry malformed."""
+    return fields.get(b"codec", b"")[:40].decode("ascii", "replace")
+
+
+def _integer(fields: Mapping[bytes, bytes], name: bytes) -> int:
+    value = fields.get(name)
+    if value is None or not value.isdigit() or len(value) > 19:
+        raise MalformedEntry(f"field {name.decode()} is {_shown(value)}, not a positive integer")
+    return int(value)
+
+
+def _shape(fields: Mapping[bytes, bytes]) -> tuple[int, int, int]:
+    """The declared shape; an unreadable one becomes 0,0,0, which no image has, so decoding refuses it."""
+    parts = fields.get(b"shape", b"").split(b",")
+    if len(parts) != 3 or not all(part.isdigit() and len(part) <= 9 for part in parts):
+        return (0, 0, 0)
+    height, width, channels = (int(part) for part in parts)
+    return (height, width, channels)
