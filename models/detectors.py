@@ -1,0 +1,31 @@
+"""The table of detectors, and the way from a name and options to one of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import ValidationError
+
+from models.detector import Detector
+from models.errors import ModelError
+from models.stfpm import STFPM
+
+__all__ = ["DETECTORS", "Detector", "make_detector"]
+
+DETECTORS: dict[str, type[Detector]] = {STFPM.name: STFPM}
+
+
+def make_detector(name: str, options: dict[str, Any] | None = None) -> Detector:
+    """Build a detector from its name and options.
+
+    Raises:
+        ModelError: Unknown name, unknown option or a value out of range.
+    """
+    if name not in DETECTORS:
+        raise ModelError(f"unknown detector '{name}'; known: {', '.join(DETECTORS)}")
+    try:
+        return DETECTORS[name].model_validate(options or {})
+    except ValidationError as error:
+        first = error.errors()[0]
+        option = ".".join(str(part) for part in first["loc"])
+        raise ModelError(f"detector {name}, option '{option}': {first['msg']}, found {first['input']!r}") from None

@@ -1,0 +1,89 @@
+"""From images to anomaly maps and scores; the same steps serve calibration, evaluation and the engine."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from models.detector import Detector
+from models.errors import ModelError
+from models.folding import fold_batchnorm
+from models.teachers import Features, Teacher
+
+Network = TypeVar("Network", bound=nn.Module)
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """Return the device called `name` ('cpu', 'cuda', 'cuda:1'); 'auto' takes a GPU where there is one.
+
+    Raises:
+        ModelError: No such device on this machine.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ModelError(f"unknown device '{name}'; allowed: auto, cpu, cuda, cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ModelError(f"unknown device '{name}'; allowed: auto, cpu, cuda, cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ModelError(f"device '{name}': this machine has {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def best_dtype(device: torch.device) -> torch.dtype:
+    """Return the fastest dtype: float16 on CUDA, bfloat16 on CPUs that compute in it, else float32."""
+    if device.type == "cuda":
+        return torch.float16
+    if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
+        return torch.bfloat16
+    return torch.float32
+
+
+def prepare(module: Network, device: torch.device, dtype: torch.dtype) -> Network:
+    """Return a copy of a float32 network that is ready to infer; the network itself is left as it is.
+
+    The copy is in evaluation mode without gradients, has batch normalisation folded into its convolutions,
+    and lies on `device` in `dtype` and channels_last. A copy that was prepared before cannot be prepared
+    again.
+    """
+    ready = fold_batchnorm(module).requires_grad_(False)
+    return ready.to(device=device, dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def to_input(images: Tensor, teacher: Teacher, dtype: torch.dtype) -> Tensor:
+    """Normalise images for a teacher and its students, on the device where they lie.
+
+    Args:
+        images: (B, S, S, 3) uint8, RGB, 0..255.
+        teacher: Says mean and standard deviation.
+        dtype: Of the result.
+
+    Returns:
+        (B, 3, S, S) `dtype` in channels_last memory format.
+    """
+    mean = torch.tensor(teacher.mean, device=images.device)
+    std = torch.tensor(teacher.std, device=images.device)
+    # Channels stay innermost, so the permuted view already is channels_last.
+    return ((images.float() - mean) / std).to(dtype).permute(0, 3, 1, 2)
+
+
+@torch.inference_mode()
+def infer(detector: Detector, student: nn.Module, images: Tensor, teacher_features: Features) -> tuple[Tensor, Tensor]:
+    """Judge a batch of one product.
+
+    Args:
+        detector: The method the student was trained by.
+        student: Prepared student.
+        images: (B, 3, S, S) as `to_input` returns them.
+        teacher_features: The teacher's features of the same images.
+
+    Returns:
+        (B, S, S) float32 anomaly maps and (B,) float32 scores.
+    """
+    maps = detector.scale_maps(teacher_features, student(images))
+    fused = detector.fuse(maps, images.shape[-1])
+    return fused, detector.score(fused)
