@@ -1,0 +1,555 @@
+"""The loop: every frame one row, a verdict first, acknowledged last, whatever fails in between."""
+
+import math
+import shutil
+import threading
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import new_frame, texture, wire
+from memory_stream import MemoryServer, MemoryStream
+
+from producers.frame import Frame, Picture
+from workers import loop as loop_module
+from workers.engine import Engine, Request, Resident
+from workers.errors import StreamUnavailable
+from workers.evidence import dequantised, quantised
+from workers.loop import InspectionLoop
+from workers.residency import Residency
+from workers.results import Row, SegmentWriter, read_results
+from workers.settings import EvidenceSettings, WorkerSettings
+
+SETTINGS = WorkerSettings(
+    device="cpu",
+    max_batch=4,
+    batch_wait_ms=0.0,
+    segment_ms=0.0,
+    claim_idle_ms=100,
+    evidence=EvidenceSettings(pass_share=0.0),
+)
+
+
+class FixedPointers:
+    """Pointers that nobody moves."""
+
+    def __init__(self, current: dict[str, str]) -> None:
+        self._current = current
+        self.looked_up: list[str] = []
+
+    def current(self) -> dict[str, str]:
+        return self._current
+
+    def of(self, product: str) -> dict[str, str]:
+        self.looked_up.append(product)
+        return {"current": self._current[product]} if product in self._current else {}
+
+
+class JournallingWriter(SegmentWriter):
+    """Writes segments and says so in the server's journal."""
+
+    def __init__(self, uri: str, replica: str, journal: list[tuple[str, int]]) -> None:
+        super().__init__(uri, replica)
+        self._journal = journal
+
+    def write(self, rows: list[Row]) -> str:
+        path = super().write(rows)
+        self._journal += [("write", row.seq) for row in rows]
+        return path
+
+
+@dataclass
+class Line:
+    """A loop with everything around it."""
+
+    engine: Engine
+    place: str
+    settings: WorkerSettings = SETTINGS
+    server: MemoryServer = field(default_factory=MemoryServer)
+    pointers: FixedPointers = field(default_factory=lambda: FixedPointers({}))
+
+    def __post_init__(self) -> None:
+        self.stream = MemoryStream(self.server)
+        self.residency = Residency(self.engine, self.pointers, poll_s=3600.0)
+        self.writer = JournallingWriter(self.place, "r", self.server.journal)
+        self.loop = self.new_loop(self.settings)
+
+    def new_loop(self, settings: WorkerSettings) -> InspectionLoop:
+        return InspectionLoop(self.stream, self.engine, self.residency, self.writer, settings, replica="r")
+
+    def run(self, *frames: Frame) -> list[dict]:
+        """Add frames, tick until all are settled, and return their rows."""
+        self.server.add(frames)
+        self.tick_until(lambda: not self.server.entries)
+        return self.rows()
+
+    def tick_until(self, done: Callable[[], bool]) -> None:
+        for _ in range(2000):
+            if done():
+                return
+            try:
+                self.loop.tick()
+            except StreamUnavailable:
+                continue
+        pytest.fail("the loop does not come to an end")
+
+    def rows(self) -> list[dict]:
+        return read_results(self.place).to_pylist()
+
+
+@pytest.fixture
+def line(engine, tmp_path):
+    made = Line(engine, str(tmp_path / "results"))
+    yield made
+    made.loop.drain()
+
+
+def judged_alone(engine: Engine, resident: Resident, frame: Frame) -> float:
+    return engine.judge([Request(resident, frame.picture.decode())])[0].score
+
+
+def assert_each_once(line: Line, frames: list[Frame]) -> None:
+    """Every frame has one row, counts once in the ledger and has had its verdict."""
+    assert Counter(row["frame_id"] for row in line.rows()) == Counter(frame.frame_id for frame in frames)
+    assert line.server.judged == line.server.captured
+    assert line.server.balanced
+    assert {(verdict.product, verdict.seq) for verdict in line.server.verdicts} == {
+        (frame.product, frame.seq) for frame in frames
+    }
+
+
+# --- what becomes of a frame
+
+
+def test_every_frame_gets_its_own_products_verdict_and_one_row(line, versions, residents):
+    products = ["bolt", "nut", "washer", "nut", "bolt"] * 4
+    codecs = ["jpeg", "png", "raw"] * 7
+    frames = [
+        new_frame(seq, product, picture=Picture.encode(texture(seq), codec))
+        for seq, (product, codec) in enumerate(zip(products, codecs, strict=False), start=1)
+    ]
+    rows = {row["frame_id"]: row for row in line.run(*frames)}
+    assert_each_once(line, frames)
+    messages = {verdict.seq: verdict for verdict in line.server.verdicts}
+    for frame in frames:
+        row, message, card = rows[frame.frame_id], messages[frame.seq], getattr(versions, frame.product)
+        assert row["score"] == pytest.approx(judged_alone(line.engine, residents[frame.product], frame), rel=1e-4)
+        assert row["verdict"] == message.verdict == ("pass" if frame.product == "bolt" else "fail")
+        assert (row["model_version"], row["threshold"], row["detector"]) == (card.version, card.threshold, "stfpm")
+        assert (row["product"], row["camera"], row["seq"], row["replica"]) == (frame.product, "cam-1", frame.seq, "r")
+        assert (message.score, message.threshold) == (row["score"], row["threshold"])
+        assert (message.model_version, message.reason, row["reason"]) == (card.version, "", None)
+        assert row["captured_at"].timestamp() == pytest.approx(frame.captured_at_ns / 1e9, abs=1e-5)
+        assert 0 <= row["queue_ms"] <= row["total_ms"]
+        assert 0 < row["infer_ms"] <= row["total_ms"]
+        assert message.total_ms == row["total_ms"]
+    assert line.loop.judged == len(frames)
+
+
+def test_the_verdict_goes_first_and_the_entry_is_acknowledged_after_the_write(line):
+    frames = [new_frame(seq) for seq in range(1, 14)]
+    line.run(*frames)
+    for frame in frames:
+        assert [what for what, seq in line.server.journal if seq == frame.seq] == ["verdict", "write", "settle"]
+
+
+def test_rows_are_written_together(engine, tmp_path):
+    line = Line(engine, str(tmp_path / "results"), SETTINGS.model_copy(update={"segment_rows": 8, "segment_ms": 6e4}))
+    line.server.add(new_frame(seq) for seq in range(1, 17))
+    line.tick_until(lambda: not line.server.entries)
+    assert len(list(Path(line.place, "segments").iterdir())) == 2
+    line.loop.drain()
+
+
+@pytest.mark.parametrize(
+    ("picture", "reason"),
+    [
+        (Picture("jpeg", (48, 64, 3), b""), "the image is empty (0 bytes)"),
+        (Picture("jpeg", (48, 64, 3), Picture.encode(texture(1)).data[:900]), "corrupt jpeg data (900 bytes)"),
+        (Picture("png", (1, 1, 3), Picture.encode(texture(1), "png").data), "declared as shape 1,1,3"),
+        (Picture("tiff", (48, 64, 3), b"II*"), "codec 'tiff' is unknown"),
+        (Picture("raw", (10_000, 10_000, 3), b"x"), "100 megapixels, more than the 64 allowed"),
+    ],
+)
+def test_an_unreadable_frame_is_unknown_and_its_neighbours_are_judged(line, residents, picture, reason):
+    frames = [new_frame(1), new_frame(2, picture=picture), new_frame(3, product="nut")]
+    before, bad, after = line.run(*frames)
+    assert (bad["verdict"], bad["score"], bad["threshold"], bad["model_version"]) == ("unknown", None, None, None)
+    assert reason in bad["reason"]
+    assert "\n" not in bad["reason"]
+    assert (bad["map_u8"], bad["image_jpeg"]) == (None, None)
+    assert before["score"] == pytest.approx(judged_alone(line.engine, residents["bolt"], frames[0]), rel=1e-5)
+    assert after["score"] == pytest.approx(judged_alone(line.engine, residents["nut"], frames[2]), rel=1e-5)
+    assert_each_once(line, frames)
+    message = line.server.verdicts[1]
+    assert (message.verdict, message.reason, math.isnan(message.score)) == ("unknown", bad["reason"], True)
+
+
+def test_a_product_without_model_is_unknown(line):
+    frames = [new_frame(seq, product="mystery") for seq in range(1, 4)]
+    for row in line.run(new_frame(9), *frames):
+        if row["product"] == "mystery":
+            assert (row["verdict"], row["reason"]) == ("unknown", "no model for this product")
+            assert row["image_jpeg"] is not None  # somebody may look at it later
+        else:
+            assert row["verdict"] == "pass"
+    assert line.pointers.looked_up == ["mystery"]  # once a batch, not once a frame
+
+
+def test_a_product_whose_version_cannot_be_loaded_is_unknown_with_the_reason(engine, versions, tmp_path):
+    broken = FixedPointers({"screw": "20261123T014512-3fa9"})
+    line = Line(engine, str(tmp_path / "results"), pointers=broken)
+    bad, good = line.run(new_frame(1, product="screw"), new_frame(2, product="nut"))
+    assert bad["verdict"] == "unknown"
+    assert bad["reason"].startswith("version 20261123T014512-3fa9 cannot be loaded: ")
+    assert good["verdict"] == "fail"
+    line.loop.drain()
+
+
+def test_a_version_that_was_just_promoted_is_loaded_for_its_first_frame(registry, versions, tmp_path):
+    engine = Engine(registry, "cpu", dtype=torch.float32)
+    line = Line(engine, str(tmp_path / "results"), pointers=FixedPointers({"bolt": versions.bolt.version}))
+    (row,) = line.run(new_frame(1))
+    assert (row["verdict"], row["model_version"]) == ("pass", versions.bolt.version)
+    line.loop.drain()
+
+
+class Failing(torch.nn.Module):
+    """A student whose network does not work."""
+
+    def forward(self, images):
+        raise RuntimeError("out of order\nand a second line")
+
+
+def test_a_failing_network_is_unknown_for_its_frames_only(line, residents):
+    line.engine.install(replace(residents["nut"], student=Failing()))
+    frames = [new_frame(1), new_frame(2, product="nut"), new_frame(3), new_frame(4, product="washer")]
+    rows = line.run(*frames)
+    assert [row["verdict"] for row in rows] == ["pass", "unknown", "pass", "fail"]
+    assert rows[1]["reason"] == "the engine failed: RuntimeError: out of order"
+    assert (rows[1]["score"], rows[1]["infer_ms"]) == (None, 0.0)
+    for frame, row in zip(frames, rows, strict=True):
+        if frame.product != "nut":
+            assert row["score"] == pytest.approx(judged_alone(line.engine, residents[frame.product], frame), rel=1e-5)
+    assert_each_once(line, frames)
+
+
+def test_a_score_that_is_no_number_is_unknown_never_pass(line, versions):
+    frames = [new_frame(1), new_frame(2, product="blank"), new_frame(3)]
+    rows = line.run(*frames)
+    assert [row["verdict"] for row in rows] == ["pass", "unknown", "pass"]
+    assert rows[1]["reason"] == f"the score of version {versions.blank.version} is not a finite number"
+    assert (rows[1]["score"], rows[1]["map_u8"]) == (None, None)
+    assert rows[1]["image_jpeg"] == frames[1].picture.data
+
+
+def test_a_picture_that_no_jpeg_holds_is_judged_all_the_same(line):
+    long = Picture.encode(np.zeros((70_000, 4, 3), np.uint8), "raw")
+    frames = [new_frame(1, product="nut", picture=long), new_frame(2, product="nut")]
+    first, second = line.run(*frames)
+    assert (first["verdict"], first["image_jpeg"]) == ("fail", None)
+    assert first["map_u8"] is not None
+    assert second["image_jpeg"] is not None
+
+
+def test_evidence_is_kept_of_fails_and_is_the_frames_own(line, residents):
+    frames = [new_frame(1), new_frame(2, product="nut"), new_frame(3, product="washer")]
+    passed, *failed = line.run(*frames)
+    assert (passed["map_u8"], passed["map_min"], passed["map_max"], passed["image_jpeg"]) == (None,) * 4
+    for frame, row in zip(frames[1:], failed, strict=True):
+        assert row["image_jpeg"] == frame.picture.data
+        expected = line.engine.judge([Request(residents[frame.product], frame.picture.decode())])[0].anomaly_map
+        kept = dequantised(row["map_u8"], row["map_min"], row["map_max"])
+        np.testing.assert_allclose(kept, dequantised(*quantised(expected)), atol=0.01 * expected.max())
+
+
+MALFORMED = [
+    {b"hello": b"world"},
+    wire(new_frame()) | {b"v": b"2"},
+    wire(new_frame()) | {b"seq": b"-1"},
+    wire(new_frame()) | {b"camera": b"\xff"},
+    {b"field%d" % number: b"x" for number in range(500)},
+]
+
+
+def test_malformed_entries_are_dead_lettered_and_the_others_judged(line):
+    frames = [new_frame(seq) for seq in range(1, 6)]
+    for frame, fields in zip(frames, MALFORMED, strict=True):
+        line.server.add_fields("bolt", fields)
+        line.server.add([frame])
+    rows = line.run()
+    assert [row["seq"] for row in rows] == [1, 2, 3, 4, 5]
+    assert line.server.judged == {"cam-1": 5}
+    assert line.server.dead == {"?": 5}
+    assert line.server.balanced
+    assert line.server.reasons[:3] == [
+        "wire version (missing) is not 1",
+        "wire version b'2' is not 1",
+        "field seq is b'-1', not a positive integer",
+    ]
+
+
+# --- a store that cannot be written
+
+
+def test_without_results_nothing_is_acknowledged_and_reading_stops_at_the_bound(engine, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop_module, "_RETRY_S", 0.001)
+    monkeypatch.setattr(loop_module, "_READ_BLOCK_MS", 1)
+    settings = SETTINGS.model_copy(update={"segment_rows": 3})
+    line = Line(engine, str(tmp_path / "results"), settings)
+    frames = [new_frame(seq) for seq in range(1, 61)]
+    shutil.rmtree(tmp_path / "results" / "segments")
+    line.server.add(frames)
+    counts = []
+    while len(counts) < 3 or counts[-1] != counts[-3]:
+        line.loop.tick()
+        counts.append(len(line.server.owners))
+    assert 4 * settings.segment_rows <= counts[-1] <= 4 * settings.segment_rows + 2 * settings.max_batch
+    assert line.server.judged.total() == 0
+    assert len(line.server.verdicts) == counts[-1]  # the line goes on for as long as there is room
+    assert "No such file or directory" in line.loop.trouble
+    assert line.loop.trouble.endswith("; nothing is acknowledged until it can be written")
+    (tmp_path / "results" / "segments").mkdir()
+    line.tick_until(lambda: not line.server.entries)
+    assert line.loop.trouble is None
+    assert_each_once(line, frames)
+    line.loop.drain()
+
+
+def test_a_drain_without_results_hands_everything_back(line, tmp_path):
+    shutil.rmtree(tmp_path / "results" / "segments")
+    line.server.add(new_frame(seq) for seq in range(1, 4))
+    line.loop.tick()
+    line.loop.drain()
+    assert len(line.server.entries) == 3
+    assert not line.stream.closed
+
+
+# --- a server that goes away
+
+FRAMES = [new_frame(seq, product) for seq, product in enumerate(["bolt", "nut"] * 5, start=1)]
+
+
+@pytest.mark.parametrize("executed", [False, True], ids=["request lost", "reply lost"])
+@pytest.mark.parametrize("call", range(1, 15))
+def test_a_connection_lost_at_any_call_loses_and_doubles_nothing(line, call, executed):
+    line.stream.fail_at, line.stream.executed = call, executed
+    line.server.add_fields("bolt", {b"no": b"frame"})
+    line.server.add(FRAMES)
+    line.tick_until(lambda: not line.server.entries and line.stream.calls >= call)
+    assert {row["frame_id"] for row in line.rows()} == {frame.frame_id for frame in FRAMES}
+    assert len(line.rows()) == len(FRAMES)
+    assert (line.server.judged, line.server.dead) == ({"cam-1": 10}, {"?": 1})
+    assert line.server.balanced
+    assert {verdict.seq for verdict in line.server.verdicts} == {frame.seq for frame in FRAMES}
+
+
+def test_a_batch_whose_versions_cannot_be_looked_up_is_judged_later(line, monkeypatch):
+    frames = [new_frame(seq, product="mystery") for seq in range(1, 4)]
+    with monkeypatch.context() as away:
+
+        def fail(_: str) -> dict[str, str]:
+            raise StreamUnavailable("Redis did not answer")
+
+        away.setattr(line.pointers, "of", fail)
+        line.server.add(frames)
+        with pytest.raises(StreamUnavailable):
+            line.loop.tick()
+        assert line.server.verdicts == []
+    line.tick_until(lambda: not line.server.entries)
+    assert [row["seq"] for row in line.rows()] == [1, 2, 3]
+    assert set(line.server.deliveries.values()) == {1}  # it was kept, not delivered anew
+    assert_each_once(line, frames)
+
+
+def in_thread(run: Callable[[], None]) -> tuple[threading.Thread, list[BaseException]]:
+    """Run beside the test; what it raises is in the list when it has ended."""
+    raised: list[BaseException] = []
+
+    def guarded() -> None:
+        try:
+            run()
+        except BaseException as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=guarded)
+    thread.start()
+    return thread, raised
+
+
+def await_settled(server: MemoryServer) -> None:
+    with server.changed:
+        assert server.changed.wait_for(lambda: not server.entries, timeout=60)
+
+
+def test_a_running_loop_waits_for_a_lost_server_and_says_so(line, monkeypatch):
+    lost = threading.Event()
+    monkeypatch.setattr(loop_module, "_RETRY_S", 0.001)
+    monkeypatch.setattr(loop_module.logger, "error", lambda *_: lost.set())
+    stop, heartbeat = threading.Event(), line.loop.heartbeat
+    thread, raised = in_thread(lambda: line.loop.run(stop))
+    line.server.add(FRAMES[:5])
+    await_settled(line.server)
+    line.stream.away = True
+    assert lost.wait(timeout=60)
+    assert line.loop.trouble == "Redis did not answer: connection lost"
+    line.stream.away = False
+    line.server.add(FRAMES[5:])
+    await_settled(line.server)
+    stop.set()
+    thread.join(timeout=60)
+    assert not thread.is_alive()
+    assert (raised, line.loop.trouble, line.stream.closed) == ([], None, True)
+    assert line.loop.heartbeat > heartbeat
+    assert_each_once(line, FRAMES)
+
+
+def test_trouble_is_over_when_the_server_is_back_even_if_no_frame_comes(line, monkeypatch):
+    monkeypatch.setattr(loop_module, "_RETRY_S", 0.0)
+    monkeypatch.setattr(loop_module, "_READ_BLOCK_MS", 1)
+    line.stream.fail_at = 1
+    stop = threading.Event()
+    troubles = []
+
+    def tick(real: Callable[[], None] = line.loop.tick) -> None:
+        troubles.append(line.loop.trouble)
+        if len(troubles) == 3:
+            stop.set()
+        real()
+
+    monkeypatch.setattr(line.loop, "tick", tick)
+    line.loop.run(stop)
+    assert troubles == [None, "Redis did not answer: connection lost", None]
+
+
+# --- stopping, dying, taking over
+
+
+def test_a_drain_finishes_what_is_held_and_takes_nothing_new(engine, tmp_path):
+    patient = SETTINGS.model_copy(update={"batch_wait_ms": 1e6, "segment_ms": 1e6, "max_batch": 3})
+    line = Line(engine, str(tmp_path / "results"), patient)
+    frames = [new_frame(seq) for seq in range(1, 9)]
+    line.server.add(frames[:2])
+    line.loop.tick()
+    line.server.add(frames[2:6])
+    line.loop.tick()
+    line.server.add(frames[6:])
+    held = set(line.server.owners)
+    assert len(held) == 6
+    assert line.server.judged.total() == 0
+    stop = threading.Event()
+    stop.set()
+    line.loop.run(stop)
+    assert [row["seq"] for row in line.rows()] == [1, 2, 3, 4, 5, 6]
+    assert line.server.judged == {"cam-1": 6}
+    assert len(line.server.entries) == 2
+    assert line.stream.closed
+    batches = Counter(row["infer_ms"] for row in line.rows())
+    assert max(batches.values()) <= 3
+
+
+def test_a_drain_without_server_hands_everything_back(line):
+    line.server.add(FRAMES)
+    line.loop.tick()
+    assert (len(line.server.owners), line.server.judged) == (4, {"cam-1": 4})
+    line.stream.away = True
+    line.loop.drain()
+    assert len(line.server.owners) == 4
+    assert not line.stream.closed
+    assert line.server.balanced
+
+
+def test_a_dead_loops_frames_are_finished_by_the_next(engine, tmp_path):
+    line = Line(engine, str(tmp_path / "results"))
+    dead = InspectionLoop(
+        MemoryStream(line.server, "dead"), engine, line.residency, line.writer, SETTINGS, replica="dead"
+    )
+    line.server.add(FRAMES)
+    dead.tick()  # judged and written, and some only read
+    line.server.gone.add("dead")
+    line.tick_until(lambda: not line.server.entries)
+    assert_each_once(line, FRAMES)
+    dead.drain()
+    line.loop.drain()
+    assert line.server.judged == {"cam-1": 10}
+
+
+def test_a_crowd_of_left_frames_is_taken_over_in_portions(engine, tmp_path):
+    line = Line(engine, str(tmp_path / "results"))
+    frames = [new_frame(seq) for seq in range(1, 41)]
+    line.server.add(frames)
+    assert len(MemoryStream(line.server, "dead").read(100, 0)) == 40
+    line.server.gone.add("dead")
+    held = []
+
+    def tick() -> bool:
+        held.append(sum(owner == "me" for owner in line.server.owners.values()))
+        return not line.server.entries
+
+    line.tick_until(tick)
+    assert 0 < max(held) <= 2 * SETTINGS.max_batch
+    assert_each_once(line, frames)
+    line.loop.drain()
+
+
+def test_an_unexpected_error_ends_the_loop_and_acknowledges_nothing(line, monkeypatch):
+    def fail(_: object) -> str:
+        raise ValueError("nobody thought of this")
+
+    monkeypatch.setattr(line.writer, "write", fail)
+    line.server.add(FRAMES)
+    thread, raised = in_thread(lambda: line.loop.run(threading.Event()))
+    thread.join(timeout=60)
+    assert [str(error) for error in raised] == ["nobody thought of this"]
+    assert len(line.server.entries) == len(FRAMES)
+    monkeypatch.undo()
+    line.tick_until(lambda: not line.server.entries)
+    assert_each_once(line, FRAMES)
+
+
+# --- swapping
+
+
+def test_a_swap_falls_between_two_batches(line, versions, residents, monkeypatch):
+    """Every look at the version in service finds another one; still no batch mixes them."""
+    turn = iter([residents["bolt"], residents["bolt_new"]] * 100)
+    require = line.residency.require
+
+    def swap_and_require(product: str) -> Resident:
+        line.engine.install(next(turn))
+        return require(product)
+
+    monkeypatch.setattr(line.residency, "require", swap_and_require)
+    frames = [new_frame(seq) for seq in range(1, 33)]
+    rows = line.run(*frames)
+    by_version = {versions.bolt.version: residents["bolt"], versions.bolt_new.version: residents["bolt_new"]}
+    batches: dict[float, set[str]] = {}
+    for frame, row in zip(frames, rows, strict=True):
+        alone = judged_alone(line.engine, by_version[row["model_version"]], frame)
+        assert row["score"] == pytest.approx(alone, rel=1e-4)
+        batches.setdefault(row["infer_ms"], set()).add(row["model_version"])
+    assert all(len(used) == 1 for used in batches.values())
+    assert set().union(*batches.values()) == set(by_version)
+
+
+def test_a_swap_in_mid_stream_loses_no_frame_and_mixes_no_weights(line, versions, residents):
+    stop = threading.Event()
+    thread, raised = in_thread(lambda: line.loop.run(stop))
+    frames = [new_frame(seq) for seq in range(1, 121)]
+    for index, frame in enumerate(frames):
+        line.server.add([frame])
+        line.engine.install(residents["bolt" if index // 10 % 2 else "bolt_new"])
+    await_settled(line.server)
+    stop.set()
+    thread.join(timeout=60)
+    assert raised == []
+    assert_each_once(line, frames)
+    by_version = {versions.bolt.version: residents["bolt"], versions.bolt_new.version: residents["bolt_new"]}
+    for frame, row in zip(frames, line.rows(), strict=True):
+        assert row["score"] == pytest.approx(
+            judged_alone(line.engine, by_version[row["model_version"]], frame), rel=1e-4
+        )

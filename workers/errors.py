@@ -1,0 +1,21 @@
+"""What can go wrong between a stream and its results, by whose fault it is."""
+
+
+class WorkerError(Exception):
+    """Base of this package's errors; the message is one clear line for a user."""
+
+
+class StreamUnavailable(WorkerError):
+    """Redis does not answer; what is held is kept and tried again."""
+
+
+class ResultsUnavailable(WorkerError):
+    """Results cannot be written (disk full, store away); nothing is acknowledged meanwhile."""
+
+
+class NoModel(WorkerError):
+    """A product has no version in service."""
+
+
+class JobError(WorkerError):
+    """A training job or an approval asks for something that is not there."""

@@ -1,0 +1,246 @@
+"""The stream in Redis: one consumer group reading all products, with claims, ledger and dead letters.
+
+Promises: an entry leaves its stream only by `settle` or `dead_letter`, each one step in Redis together with the
+ledger, so each captured frame is counted exactly once whatever is delivered twice or dies in between.
+"""
+
+import contextlib
+import functools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ParamSpec, TypeVar
+
+import redis
+from redis.exceptions import RedisError, ResponseError
+
+from producers import keys
+from producers.errors import FrameError
+from producers.frame import check_camera
+from workers.errors import StreamUnavailable
+from workers.settings import WorkerSettings
+from workers.stream import Entry, Settlement, VerdictMessage
+
+# Both scripts: an entry that is still there (XDEL = 1) is counted, a second settlement is not. An entry unknown
+# to the waiting set came from a producer that keeps no ledger; it is counted as captured here, so the ledger
+# balances for foreign producers too. One that somebody deleted while it was judged is known to the waiting set.
+_SETTLE = """
+local settled = 0
+for i = 2, #ARGV, 3 do
+  redis.call('XACK', KEYS[1], ARGV[1], ARGV[i])
+  local found = redis.call('XDEL', KEYS[1], ARGV[i])
+  local counted = redis.call('ZREM', KEYS[3], ARGV[i + 1] .. '/' .. ARGV[i + 2])
+  if found == 1 or counted == 1 then
+    if counted == 0 then redis.call('HINCRBY', KEYS[2], ARGV[i + 1] .. ':captured', 1) end
+    redis.call('HINCRBY', KEYS[2], ARGV[i + 1] .. ':judged', 1)
+    settled = settled + 1
+  end
+end
+return settled
+"""
+
+_DEAD_LETTER = """
+local entry = redis.call('XRANGE', KEYS[1], ARGV[2], ARGV[2])[1]
+redis.call('XACK', KEYS[1], ARGV[1], ARGV[2])
+if not entry then return 0 end
+local fields, camera, own, seq = entry[2], ARGV[3], '', ''
+for i = 1, #fields, 2 do
+  if fields[i] == 'camera' then own = fields[i + 1] end
+  if fields[i] == 'seq' then seq = fields[i + 1] end
+end
+if #fields <= 64 then
+  redis.call('XADD', KEYS[4], '*', 'reason', ARGV[4], unpack(fields))
+else
+  redis.call('XADD', KEYS[4], '*', 'reason', ARGV[4], 'fields', #fields / 2)
+end
+redis.call('XDEL', KEYS[1], ARGV[2])
+if redis.call('ZREM', KEYS[3], own .. '/' .. seq) == 1 then
+  camera = own
+else
+  redis.call('HINCRBY', KEYS[2], camera .. ':captured', 1)
+end
+redis.call('HINCRBY', KEYS[2], camera .. ':dead', 1)
+return 1
+"""
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def _translated(method: Callable[P, T]) -> Callable[P, T]:
+    """Raise StreamUnavailable where redis-py raises its own; nobody above knows redis-py."""
+
+    @functools.wraps(method)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return method(*args, **kwargs)
+        except RedisError as error:
+            raise StreamUnavailable(f"Redis did not answer: {error}") from error
+
+    return call
+
+
+class RedisStream:
+    """A member of the consumer group `inspectors` on the streams of every product.
+
+    Args:
+        server: a client that returns bytes.
+        consumer: this replica's name, unique.
+        settings: bounds and idle times.
+    """
+
+    def __init__(self, server: redis.Redis, consumer: str, settings: WorkerSettings) -> None:
+        self._server, self._consumer, self._settings = server, consumer, settings
+        self._settle = server.register_script(_SETTLE)
+        self._dead_letter = server.register_script(_DEAD_LETTER)
+        self._products: tuple[str, ...] = ()
+        self._products_read_at = float("-inf")
+
+    @_translated
+    def read(self, count: int, block_ms: int) -> list[Entry]:
+        """See FrameStream. `count` is shared evenly between the products, so none starves another."""
+        products = self._known_products()
+        if not products:
+            time.sleep(block_ms / 1000)
+            return []
+        streams: dict[Any, Any] = {keys.frames(product): ">" for product in products}
+        by_key = {keys.frames(product).encode(): product for product in products}
+        share = max(1, count // len(products))
+        reply: Any = None
+        with self._group_may_be_gone():
+            # redis-py leaves BLOCK out for None; BLOCK 0 would wait for ever
+            reply = self._server.xreadgroup(keys.GROUP, self._consumer, streams, count=share, block=block_ms or None)
+        pairs = reply.items() if isinstance(reply, dict) else reply or ()
+        return [
+            Entry(by_key[bytes(key)], entry_id, fields or {})
+            for key, entries in pairs
+            for entry_id, fields in _flat(entries)
+        ]
+
+    @contextlib.contextmanager
+    def _group_may_be_gone(self) -> Iterator[None]:
+        """A stream that was deleted took its group along; the next read makes it anew."""
+        try:
+            yield
+        except ResponseError as error:
+            if "NOGROUP" not in str(error):
+                raise
+            self._products, self._products_read_at = (), float("-inf")
+
+    def _known_products(self) -> tuple[str, ...]:
+        """Products with a stream, looked up once a second; new ones get their consumer group."""
+        now = time.monotonic()
+        if now - self._products_read_at < 1.0:
+            return self._products
+        names: Any = self._server.smembers(keys.PRODUCTS)
+        products = tuple(sorted(name.decode(errors="replace") for name in names))
+        for product in set(products) - set(self._products):
+            try:
+                self._server.xgroup_create(keys.frames(product), keys.GROUP, id="0", mkstream=True)
+            except ResponseError as error:
+                if "BUSYGROUP" not in str(error):
+                    raise
+        self._products, self._products_read_at = products, now
+        return products
+
+    @_translated
+    def recover(self, held: Sequence[Entry], count: int) -> list[Entry]:
+        """See FrameStream. An entry delivered too often is dead-lettered instead of being taken over."""
+        self._refresh(held)
+        taken: list[Entry] = []
+        for product in self._known_products():
+            if len(taken) < count:
+                with self._group_may_be_gone():
+                    taken += self._claim(product, count - len(taken))
+        return taken
+
+    def _refresh(self, held: Sequence[Entry]) -> None:
+        by_product: dict[str, list[bytes]] = {}
+        for entry in held:
+            by_product.setdefault(entry.product, []).append(entry.id)
+        for product, ids in by_product.items():
+            with self._group_may_be_gone():
+                # JUSTID: idle time starts anew, the delivery count stays
+                self._server.xclaim(keys.frames(product), keys.GROUP, self._consumer, 0, ids, justid=True)  # type: ignore[arg-type]
+
+    def _claim(self, product: str, count: int) -> list[Entry]:
+        key, idle = keys.frames(product), self._settings.claim_idle_ms
+        stale: Any = self._server.xpending_range(key, keys.GROUP, "-", "+", count, idle=idle)
+        poison = [entry for entry in stale if entry["times_delivered"] >= self._settings.max_deliveries]
+        for entry in poison:
+            reason = f"delivered {entry['times_delivered']} times without a verdict"
+            found: Any = self._server.xrange(key, entry["message_id"], entry["message_id"])
+            fields = found[0][1] if found else {}
+            self.dead_letter(Entry(product, entry["message_id"], fields), _camera(fields), reason)
+        ids = [entry["message_id"] for entry in stale if entry not in poison]
+        if not ids:
+            return []
+        claimed: Any = self._server.xclaim(key, keys.GROUP, self._consumer, idle, ids)
+        return [Entry(product, entry_id, fields) for entry_id, fields in claimed if fields]
+
+    @_translated
+    def send_verdicts(self, verdicts: Sequence[VerdictMessage]) -> None:
+        """See FrameStream. The verdict streams are bounded: the newest `verdicts_kept` stay."""
+        pipeline = self._server.pipeline(transaction=False)
+        for verdict in verdicts:
+            pipeline.xadd(
+                keys.verdicts(verdict.product),
+                {
+                    "frame_id": f"{verdict.product}/{verdict.camera}/{verdict.seq}",
+                    "camera": verdict.camera,
+                    "seq": verdict.seq,
+                    "verdict": verdict.verdict,
+                    "score": repr(verdict.score),
+                    "threshold": repr(verdict.threshold),
+                    "model_version": verdict.model_version,
+                    "reason": verdict.reason,
+                    "total_ms": f"{verdict.total_ms:.3f}",
+                },
+                maxlen=self._settings.verdicts_kept,
+                approximate=True,
+            )
+            newest = f"{verdict.model_version} {verdict.verdict}"
+            pipeline.hset(keys.latest(verdict.product), verdict.camera, newest)
+        pipeline.execute()
+
+    @_translated
+    def settle(self, settlements: Sequence[Settlement]) -> None:
+        """See FrameStream. XACK alone frees no memory, so the entry is deleted in the same step."""
+        by_product: dict[str, list[str | bytes | int]] = {}
+        for item in settlements:
+            by_product.setdefault(item.product, [keys.GROUP]).extend([item.id, item.camera, item.seq])
+        for product, args in by_product.items():
+            self._settle(keys=[keys.frames(product), keys.ledger(product), keys.waiting(product)], args=args)
+
+    @_translated
+    def dead_letter(self, entry: Entry, camera: str, reason: str) -> None:
+        """See FrameStream."""
+        product = entry.product
+        self._dead_letter(
+            keys=[keys.frames(product), keys.ledger(product), keys.waiting(product), keys.dead(product)],
+            args=[keys.GROUP, entry.id, camera, reason],
+        )
+
+    @_translated
+    def close(self) -> None:
+        """See FrameStream. Deleting a consumer that holds entries would orphan them, so that one stays."""
+        for product in self._products:
+            key = keys.frames(product)
+            with self._group_may_be_gone():
+                pending: Any = self._server.xpending_range(key, keys.GROUP, "-", "+", 1, self._consumer)
+                if not pending:
+                    self._server.xgroup_delconsumer(key, keys.GROUP, self._consumer)
+
+
+def _camera(fields: dict[bytes, bytes]) -> str:
+    """The camera that an entry names, `?` if it names none."""
+    try:
+        return check_camera(fields.get(b"camera", b"").decode("ascii"))
+    except (UnicodeDecodeError, FrameError):
+        return "?"
+
+
+def _flat(entries: Any) -> Any:
+    """Entries of one stream; redis-py's RESP3 replies nest them in one more list."""
+    if entries and isinstance(entries[0], list) and entries[0] and isinstance(entries[0][0], tuple | list):
+        return entries[0]
+    return entries

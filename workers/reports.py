@@ -1,0 +1,52 @@
+"""What replicas report of themselves, once a second, to whoever looks."""
+
+import json
+from typing import Any
+
+import redis
+from redis.exceptions import RedisError
+
+from workers.errors import StreamUnavailable
+
+_REPLICAS = "proctor:replicas"
+_KEPT_S = 10
+
+
+def write_report(server: redis.Redis, state: dict[str, Any]) -> None:
+    """Record a replica's state under its name; the record expires with the replica.
+
+    Raises:
+        StreamUnavailable: Redis does not answer.
+    """
+    try:
+        server.set(f"replica:{state['replica']}", json.dumps(state), ex=_KEPT_S)
+        server.sadd(_REPLICAS, state["replica"])
+    except RedisError as error:
+        raise StreamUnavailable(f"Redis did not answer: {error}") from error
+
+
+def remove_report(server: redis.Redis, replica: str) -> None:
+    """Forget a replica that ended in order."""
+    try:
+        server.delete(f"replica:{replica}")
+        server.srem(_REPLICAS, replica)
+    except RedisError as error:
+        raise StreamUnavailable(f"Redis did not answer: {error}") from error
+
+
+def read_replicas(server: redis.Redis) -> list[dict[str, Any]]:
+    """State of every replica that reported within the last seconds, by name.
+
+    Raises:
+        StreamUnavailable: Redis does not answer.
+    """
+    try:
+        members: Any = server.smembers(_REPLICAS)
+        names = sorted(name.decode() for name in members)
+        records: dict[str, Any] = {name: server.get(f"replica:{name}") for name in names}
+        gone = [name for name, record in records.items() if record is None]
+        if gone:
+            server.srem(_REPLICAS, *gone)
+    except RedisError as error:
+        raise StreamUnavailable(f"Redis did not answer: {error}") from error
+    return [json.loads(record) for record in records.values() if record is not None]

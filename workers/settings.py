@@ -1,0 +1,32 @@
+"""Settings of the workers."""
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class EvidenceSettings(BaseModel):
+    """For which frames map and image are kept with the result; for `fail` and `unknown` they always are."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    near: float = Field(default=0.1, ge=0, description="passes within this share below the threshold")
+    pass_share: float = Field(default=0.02, ge=0, le=1, description="sampled share of the other passes")
+
+
+class WorkerSettings(BaseModel):
+    """Batching, recovery, results and health of one replica."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N")
+    max_batch: int = Field(default=16, ge=1)
+    batch_wait_ms: float = Field(default=4.0, ge=0, description="longest wait of a frame for company")
+    decode_threads: int = Field(default=2, ge=1)
+    max_megapixels: float = Field(default=64.0, gt=0, le=178, description="178 is the decoder's own limit")
+    max_deliveries: int = Field(default=3, ge=1, description="an entry delivered more often is dead-lettered")
+    claim_idle_ms: int = Field(default=10_000, ge=100, description="an entry idle for longer is taken over")
+    segment_rows: int = Field(default=256, ge=1)
+    segment_ms: float = Field(default=200.0, ge=0, description="longest wait of a row for its segment")
+    verdicts_kept: int = Field(default=10_000, ge=1, description="length of a product's verdict stream")
+    heartbeat_timeout_s: float = Field(default=20.0, gt=0, description="a loop silent for longer is replaced")
+    pointer_poll_s: float = Field(default=0.5, gt=0, description="how often new versions are looked for")
+    evidence: EvidenceSettings = EvidenceSettings()
