@@ -1,0 +1,97 @@
+"""The Serve application: inspecting replicas and the HTTP interface in front of them; the trainer actor beside."""
+
+import math
+from typing import Any
+
+import ray
+from ray import serve
+
+from cluster.config import ProctorConfig
+from cluster.ingress import build_ingress
+from workers.places import Places
+from workers.settings import WorkerSettings
+from workers.trainer_actor import NAME as TRAINER
+from workers.trainer_actor import TrainerActor
+
+APPLICATION = "proctor"
+NAMESPACE = "proctor"
+INSPECTOR = "inspector"
+_HEALTH_PERIOD_S = 2.0
+_DRAIN_S = 35.0
+
+
+class Inspector:
+    """`workers.replica.Replica` as Serve calls it; imported where it runs, so that deploying loads no PyTorch."""
+
+    def __init__(self, places: Places, settings: WorkerSettings, threads: int) -> None:
+        from workers.replica import Replica
+
+        self._replica = Replica(places, settings, threads)
+
+    def check_health(self) -> None:
+        """Serve's health check."""
+        self._replica.check_health()
+
+    async def __del__(self) -> None:
+        """Serve's drain hook."""
+        await self._replica.drain()
+
+    async def inspect(self, product: str, data: bytes) -> dict[str, Any]:
+        """Judge one image."""
+        return await self._replica.inspect(product, data)
+
+    async def describe(self) -> dict[str, Any]:
+        """The replica's state."""
+        return self._replica.state()
+
+
+def places_of(config: ProctorConfig, redis_url: str) -> Places:
+    """The addresses that the workers need."""
+    trained_with = {config.training.teacher: config.training.weights} if config.training.weights else {}
+    return Places(
+        redis_url=redis_url,
+        registry_uri=config.registry.uri,
+        results_uri=config.results.uri,
+        datasets_uri=config.datasets.uri,
+        teacher_weights=trained_with | config.teachers,
+    )
+
+
+def build_application(config: ProctorConfig, places: Places) -> serve.Application:
+    """The application as `serve.run` takes it."""
+    inspector = serve.deployment(
+        Inspector,
+        name=INSPECTOR,
+        num_replicas=config.serve.replicas,
+        ray_actor_options={"num_cpus": config.serve.num_cpus, "num_gpus": config.serve.num_gpus},
+        health_check_period_s=_HEALTH_PERIOD_S,
+        health_check_timeout_s=config.worker.heartbeat_timeout_s,
+        graceful_shutdown_timeout_s=_DRAIN_S,
+        graceful_shutdown_wait_loop_s=0.1,
+        max_ongoing_requests=32,
+    ).bind(places, config.worker, config.serve.threads or math.ceil(config.serve.num_cpus))
+    return build_ingress(APPLICATION, INSPECTOR, config.http.token).bind(inspector)
+
+
+def start_trainer(config: ProctorConfig, places: Places, *, detached: bool) -> Any:
+    """Start the named trainer actor; its `pid` answers once it takes jobs.
+
+    Args:
+        config: training settings and what Ray reserves.
+        places: server and stores.
+        detached: outlive this driver.
+    """
+    products = {product: config.training_for(product) for product in config.products}
+    return (
+        ray.remote(TrainerActor)
+        .options(
+            name=TRAINER,
+            namespace=NAMESPACE,
+            lifetime="detached" if detached else None,
+            num_cpus=config.trainer.num_cpus,
+            num_gpus=config.trainer.num_gpus,
+            max_restarts=-1,
+            get_if_exists=True,
+        )
+        .remote(places, config.training, products)
+    )

@@ -1,0 +1,428 @@
+"""The command line `proctor`. Commands are thin: what they do is in the modules they import when they run."""
+
+import json
+import os
+import sys
+import threading
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from cluster.config import ProctorConfig, load_config
+from cluster.errors import ProctorError
+
+app = typer.Typer(
+    name="proctor",
+    help="Streaming visual inspection with teacher-student models.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+models_app = typer.Typer(help="Versions of a product's student.", no_args_is_help=True)
+app.add_typer(models_app, name="models")
+
+_PIPE_WIDTH = 160  # what goes into a file or a pipe is not cut to a terminal's width
+out = Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH)
+err = Console(stderr=True, width=None if sys.stderr.isatty() else _PIPE_WIDTH)
+
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")]
+Product = Annotated[str, typer.Option("--product", "-p", help="Product's name.")]
+
+
+class ResultFormat(StrEnum):
+    """Forms of `proctor results`."""
+
+    TABLE = "table"
+    JSON = "json"
+    CSV = "csv"
+    PARQUET = "parquet"
+    IDS = "ids"
+
+
+@dataclass
+class _Common:
+    """Options before the command."""
+
+    config_file: Path | None = None
+    home: Path | None = None
+
+    def load(self) -> ProctorConfig:
+        return load_config(self.config_file, self.home)
+
+
+_common = _Common()
+
+
+@app.callback()
+def common(
+    config: Annotated[Path | None, typer.Option("--config", help="Configuration file; else ./proctor.toml.")] = None,
+    home: Annotated[Path | None, typer.Option("--home", help="Directory of the run state; else .proctor.")] = None,
+) -> None:
+    """Streaming visual inspection with teacher-student models."""
+    _common.config_file, _common.home = config, home
+
+
+def _print_json(document: Any) -> None:
+    sys.stdout.write(json.dumps(document, indent=2, default=str) + "\n")
+
+
+def _say(step: str) -> None:
+    err.print(f"[dim]· {step}[/dim]")
+
+
+def _stop_on_signal() -> threading.Event:
+    """An event that SIGINT and SIGTERM set, so that a command ends in order."""
+    import signal
+
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    return stop
+
+
+# --- the application
+
+
+@app.command()
+def up(
+    address: Annotated[str | None, typer.Option(help="An existing Ray cluster; else a local one is started.")] = None,
+    foreground: Annotated[bool, typer.Option(help="Stay in the foreground until Ctrl-C.")] = False,
+) -> None:
+    """Start the application: embedded Valkey, Ray, replicas, trainer and HTTP interface."""
+    from cluster.launch import start_supervisor
+    from cluster.supervisor import deploy_on_cluster, running_application
+
+    config = _common.load()
+    if address:
+        state = deploy_on_cluster(config, address, _say)
+    elif foreground:
+        with running_application(config, _say) as running:
+            stop = _stop_on_signal()
+            err.print(f"[green]running[/green] at {running.state.http_url}; Ctrl-C drains and ends")
+            running.wait(stop)
+        return
+    else:
+        state = start_supervisor(config, _common.config_file, linked=False, say=_say).state
+    ending = f"proctor down --address {address}" if address else "proctor down"
+    err.print(f"[green]running[/green] at {state.http_url}; `proctor status` watches, `{ending}` ends it")
+
+
+@app.command()
+def down(address: Annotated[str | None, typer.Option(help="The Ray cluster that it was deployed on.")] = None) -> None:
+    """Drain and end the application; streams, results and versions stay."""
+    from cluster.launch import take_down
+    from cluster.supervisor import remove_from_cluster
+
+    config = _common.load()
+    if address:
+        remove_from_cluster(config, address, _say)
+    else:
+        take_down(config, _say)
+    err.print("[green]ended[/green]; nothing was lost: frames that waited are judged after the next `proctor up`")
+
+
+@app.command()
+def status(
+    as_json: Json = False,
+    once: Annotated[bool, typer.Option(help="Print once instead of refreshing.")] = False,
+) -> None:
+    """Ledger, lag, speed and version of every camera; refreshes on a terminal until Ctrl-C."""
+    from cluster.connection import connect
+    from cluster.run_state import redis_url_of
+    from cluster.status import Status, render, show_live
+
+    server = connect(redis_url_of(_common.load()))
+    if as_json:
+        _print_json(Status.read(server).as_dict())
+    elif once or not out.is_terminal:
+        out.print(render(Status.read(server)))
+    else:
+        show_live(server, out, _stop_on_signal().wait)
+
+
+# --- producing
+
+
+@app.command()
+def push(
+    source: Annotated[str, typer.Argument(help="A folder of images or a video file.")],
+    product: Product,
+    camera: Annotated[str, typer.Option("--camera", "-c", help="Camera's name.")],
+    fps: Annotated[float | None, typer.Option(min=0.001, help="Frames a second; else as fast as taken.")] = None,
+    loop: Annotated[bool, typer.Option("--loop", help="Start over at the end, until Ctrl-C.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Push a source's frames as a camera; waits while the line is behind."""
+    from cluster.connection import connect
+    from cluster.pushing import push_frames
+    from cluster.run_state import redis_url_of
+    from producers.camera import Camera
+    from producers.sources import open_source
+
+    config = _common.load()
+    opened = open_source(source, config.publish)
+    with_names = Camera(product, camera, opened, fps, loop)
+    server = connect(redis_url_of(config))
+    summary = push_frames(with_names, server, config.publish, _stop_on_signal(), err)
+    if as_json:
+        _print_json(summary.as_dict())
+    else:
+        out.print(summary.line())
+
+
+# --- training
+
+
+@app.command()
+def train(
+    product: Product,
+    images: Annotated[
+        list[Path] | None, typer.Option(help="Folder of normal images; else those of the version in service.")
+    ] = None,
+    detector: Annotated[str | None, typer.Option(help="Detector, if not the configured one.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Training steps, if not as configured.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed, if not the configured one.")] = None,
+    promote: Annotated[bool, typer.Option(help="Put the version into service when it is done.")] = True,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Start from random weights, not the version in service.")
+    ] = False,
+    wait: Annotated[bool, typer.Option("--wait", help="Wait for the end and show the progress.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Train a version on normal images and the approved frames, outside the serving path."""
+    from cluster.connection import connect
+    from cluster.run_state import redis_url_of
+    from cluster.training import await_service, new_job, wait_for
+    from workers.jobs import Jobs
+
+    config = _common.load()
+    chosen = {"detector": detector, "steps": steps, "seed": seed}
+    job = new_job(config, product, images or [], {name: value for name, value in chosen.items() if value is not None})
+    server = connect(redis_url_of(config))
+    jobs = Jobs(server)
+    job = jobs.submit(job.model_copy(update={"promote": promote, "fresh": fresh, "creator": _user()}))
+    if wait:
+        job = wait_for(jobs, job, err)
+    if as_json:
+        _print_json(job.model_dump(mode="json"))
+    if job.state == "failed":
+        raise ProctorError(f"job {job.id} failed: {job.error}")
+    if wait and not as_json:
+        in_service = promote and await_service(server, product, job.version)
+        out.print(f"{product}: version {job.version}" + (" in service" if in_service else ", not in service"))
+    elif not as_json:
+        out.print(f"queued job {job.id}; `proctor jobs` shows its progress")
+
+
+@app.command()
+def jobs(as_json: Json = False) -> None:
+    """Training jobs, newest first."""
+    from cluster.connection import connect
+    from cluster.run_state import redis_url_of
+    from cluster.training import job_table
+    from workers.jobs import Jobs
+
+    found = Jobs(connect(redis_url_of(_common.load()))).all()
+    if as_json:
+        _print_json([job.model_dump(mode="json") for job in found])
+    else:
+        out.print(job_table(found) if found else "no jobs yet: `proctor train` queues one")
+
+
+@app.command()
+def approve(
+    frame_ids: Annotated[list[str], typer.Argument(help="Frames as product/camera/seq; - reads standard input.")],
+    defect: Annotated[bool, typer.Option("--defect", help="A missed defect instead of a normal piece.")] = False,
+    by: Annotated[str | None, typer.Option(help="Who says so; else the user.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Record that frames show normal pieces; the next training learns them."""
+    from workers.approvals import Approvals
+
+    config = _common.load()
+    if frame_ids == ["-"]:
+        frame_ids = sys.stdin.read().split()
+        if not frame_ids:
+            raise ProctorError("no frame ids on standard input: `proctor results --format ids` prints some")
+    approvals = Approvals(config.datasets.uri, config.results.uri)
+    recorded = approvals.approve(frame_ids, "defect" if defect else "normal", by or _user())
+    if as_json:
+        _print_json([approval.model_dump(mode="json") for approval in recorded])
+    else:
+        out.print(f"recorded {len(recorded)} as {'defect' if defect else 'normal'} by {by or _user()}")
+
+
+@models_app.command("list")
+def models_list(product: Annotated[str | None, typer.Option("--product", "-p")] = None, as_json: Json = False) -> None:
+    """Versions of one product or of all."""
+    from cluster.versions import list_versions, version_table
+
+    found = list_versions(_common.load(), product)
+    if as_json:
+        _print_json(found)
+    else:
+        out.print(version_table(found) if found else "no versions yet: `proctor train` makes one")
+
+
+@models_app.command("show")
+def models_show(product: Product, version: Annotated[str | None, typer.Argument()] = None) -> None:
+    """Everything recorded of a version, as JSON; by itself of the one in service."""
+    from cluster.versions import show_version
+
+    _print_json(show_version(_common.load(), product, version))
+
+
+@models_app.command("promote")
+def models_promote(product: Product, version: Annotated[str, typer.Argument()]) -> None:
+    """Put a version into service; replicas swap between two batches."""
+    from cluster.versions import promote_version
+
+    promote_version(_common.load(), product, version)
+    out.print(f"{product}: version {version}, replicas take it over")
+
+
+@models_app.command("rollback")
+def models_rollback(product: Product) -> None:
+    """Put the previous version back into service."""
+    from cluster.versions import roll_back
+
+    out.print(f"{product}: version {roll_back(_common.load(), product)}, replicas take it over")
+
+
+@models_app.command("export")
+def models_export(
+    product: Product, version: Annotated[str, typer.Argument()], to: Annotated[Path, typer.Option()]
+) -> None:
+    """Copy a version's student.safetensors and model.json into a folder."""
+    from cluster.versions import export_version
+
+    export_version(_common.load(), product, version, to)
+    out.print(f"{product} {version} exported to {to}")
+
+
+# --- results
+
+
+@app.command()
+def results(
+    product: Annotated[str | None, typer.Option("--product", "-p")] = None,
+    since: Annotated[str | None, typer.Option(help="A time (2026-01-31T06:00) or an age (90s, 15m, 8h, 7d).")] = None,
+    verdict: Annotated[str | None, typer.Option(help="Only pass, fail or unknown.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Only the newest N; else 30 in a table, all elsewhere.")
+    ] = None,
+    form: Annotated[ResultFormat, typer.Option("--format")] = ResultFormat.TABLE,
+    to: Annotated[Path | None, typer.Option("--out", help="A file instead of standard output.")] = None,
+) -> None:
+    """Results, each frame once, in order of capture."""
+    from cluster.reading import read_selection, result_table, write_results
+
+    config = _common.load()
+    table = read_selection(config, product, since, verdict, heavy=form is ResultFormat.PARQUET)
+    if form is ResultFormat.TABLE and to is not None:
+        raise ProctorError("--out needs --format json, csv, parquet or ids")
+    if form is ResultFormat.TABLE:
+        out.print(result_table(table, limit or 30))
+    else:
+        write_results(table if limit is None else table.slice(max(0, table.num_rows - limit)), form.value, to)
+
+
+# --- measuring
+
+
+@app.command()
+def evaluate(
+    data: Annotated[Path, typer.Option(help="A set in MVTec AD's layout, or a folder of sets.")],
+    detector: Annotated[str | None, typer.Option(help="Detector, if not the recipe's.")] = None,
+    teacher: Annotated[str | None, typer.Option(help="Teacher, if not the recipe's.")] = None,
+    weights: Annotated[Path | None, typer.Option(help="The teacher's local weights file.")] = None,
+    recipe: Annotated[str, typer.Option(help="fast, or paper: STFPM as published.")] = "fast",
+    steps: Annotated[int | None, typer.Option(min=1)] = None,
+    input_size: Annotated[int | None, typer.Option(min=64)] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Trainings per set, seeds 0, 1, ...")] = 1,
+    to: Annotated[Path | None, typer.Option("--out", help="Folder for scores and evaluation.json.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Train on a labelled set's normal images and measure how well its defects are found. Needs no application."""
+    from cluster.evaluating import evaluate_sets, evaluation_table
+
+    chosen = {
+        "detector": detector,
+        "teacher": teacher,
+        "weights": str(weights) if weights else None,
+        "steps": steps,
+        "input_size": input_size,
+    }
+    evaluation = evaluate_sets(
+        data, recipe, {k: v for k, v in chosen.items() if v is not None}, (range(seeds), to), err
+    )
+    if as_json:
+        _print_json(evaluation.model_dump(mode="json"))
+    else:
+        out.print(evaluation_table(evaluation))
+
+
+@app.command()
+def demo(
+    frames: Annotated[int, typer.Option(min=100, help="Frames that the two cameras push, about.")] = 900,
+    keep: Annotated[bool, typer.Option("--keep", help="Leave everything running at the end.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Everything once on real solar cells: train, inspect, approve, retrain under load, swap; then a summary."""
+    from cluster.demo import run_demo
+
+    summary = run_demo(frames, keep, err)
+    if as_json:
+        _print_json(summary.as_dict())
+    else:
+        out.print(summary.render())
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Look for what is wrong with this machine, configuration and application."""
+    from cluster.doctor import examine, findings_table
+
+    findings = examine(_common.load)
+    if as_json:
+        _print_json([finding.as_dict() for finding in findings])
+    else:
+        out.print(findings_table(findings))
+    if any(finding.state == "wrong" for finding in findings):
+        raise typer.Exit(1)
+
+
+def _user() -> str:
+    import getpass
+
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError):  # no entry for this user id, as in some containers
+        return "unknown"
+
+
+def main() -> None:
+    """Entry point: a user's mistake is one line on standard error, never a traceback."""
+    from models.errors import ModelError
+    from producers.errors import ProducerError
+    from workers.errors import WorkerError
+
+    try:
+        app()
+    except (ProctorError, ProducerError, ModelError, WorkerError) as error:
+        sys.stderr.write(f"proctor: {error}\n")
+        sys.exit(1)
+    except SystemExit as ending:
+        if ending.code == 130:  # typer's answer to Ctrl-C, without a word
+            sys.stderr.write("proctor: interrupted\n")
+        raise
+    except BrokenPipeError:  # the reader of our output has gone; that is its right
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+
+
+if __name__ == "__main__":
+    main()

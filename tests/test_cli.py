@@ -1,0 +1,159 @@
+"""A user's mistakes at the command line: one clear line, a non-zero status, never a traceback."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import psutil
+import pytest
+
+from cluster.server import EmbeddedServer
+from workers.ledger import read_ledger
+
+PROCTOR = [sys.executable, "-m", "cluster.cli"]
+
+
+@pytest.fixture(scope="module")
+def valkey(tmp_path_factory):
+    with EmbeddedServer.start(tmp_path_factory.mktemp("valkey")) as server:
+        yield server
+
+
+@pytest.fixture
+def images(tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for number in range(3):
+        cv2.imwrite(str(folder / f"{number}.png"), np.full((32, 32, 3), number, np.uint8))
+    return folder
+
+
+def proctor(*command, cwd, env=None):
+    environment = os.environ | (env or {})
+    return subprocess.run(
+        [*PROCTOR, *command], cwd=cwd, env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+def one_line(done: subprocess.CompletedProcess[str]) -> str:
+    """The one line of a user's mistake."""
+    assert done.returncode not in (0, None)
+    assert "Traceback" not in done.stderr
+    lines = [line for line in done.stderr.splitlines() if not line.startswith("·")]
+    assert len(lines) == 1, done.stderr
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["status"],
+        ["jobs"],
+        ["down"],
+        ["push", "images", "--product", "p", "--camera", "c"],
+        ["train", "--product", "p", "--images", "images"],
+        ["models", "list"],
+    ],
+)
+def test_no_application(command, tmp_path, images):
+    line = one_line(proctor(*command, cwd=tmp_path))
+    assert line.startswith("proctor: no application runs from")
+
+
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        (["push", "nowhere", "--product", "p", "--camera", "c"], "no such folder or video: nowhere"),
+        (["push", "empty", "--product", "p", "--camera", "c"], "no image in empty"),
+        (["push", "images", "--product", "Not Valid", "--camera", "c"], "product 'Not Valid' is not a valid name"),
+        (["push", "images", "--product", "p", "--camera", "a/b"], "camera 'a/b' is not a valid name"),
+        (["push", "text.mp4", "--product", "p", "--camera", "c"], "cannot decode text.mp4 as a video"),
+        (["train", "--product", "p", "--images", "nowhere"], "no such folder of images: nowhere"),
+        (["results", "--since", "yesterday"], "--since 'yesterday'"),
+        (["results", "--verdict", "good"], "--verdict 'good'"),
+        (["approve", "p/c/1"], "no result for frame p/c/1"),
+        (["evaluate", "--data", "nowhere"], "nowhere"),
+        (["evaluate", "--data", "images", "--recipe", "magic"], "unknown recipe 'magic'"),
+    ],
+)
+def test_wrong_argument(command, says, tmp_path, images):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.mp4").write_text("no video")
+    assert says in one_line(proctor(*command, cwd=tmp_path))
+
+
+def test_unreadable_configuration(tmp_path):
+    (tmp_path / "proctor.toml").write_text("[redis\n")
+    assert "proctor.toml: is not valid TOML" in one_line(proctor("status", cwd=tmp_path))
+
+
+def test_unknown_key_names_the_nearest(tmp_path):
+    (tmp_path / "proctor.toml").write_text("[worker]\nmax_bach = 3\n")
+    assert 'did you mean "max_batch"' in one_line(proctor("status", cwd=tmp_path))
+
+
+def test_wrong_password(tmp_path, valkey):
+    url = f"redis://:wrong@127.0.0.1:{valkey.port}/0"
+    line = one_line(proctor("status", cwd=tmp_path, env={"PROCTOR_REDIS__URL": url}))
+    assert "refuses the user or password" in line
+    assert "wrong" not in line.replace("refuses", "")
+
+
+def test_busy_http_port_starts_nothing(tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        line = one_line(proctor("up", cwd=tmp_path, env={"PROCTOR_HTTP__PORT": str(port)}))
+    assert f"port {port} of 127.0.0.1 cannot be used for HTTP" in line
+    assert not children_of_home(tmp_path)
+
+
+def children_of_home(home: Path) -> list[psutil.Process]:
+    """Processes that work from a home: the embedded server's configuration is on its command line."""
+    return [
+        process for process in psutil.process_iter(["cmdline"]) if str(home) in " ".join(process.info["cmdline"] or [])
+    ]
+
+
+def test_home_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    line = one_line(proctor("--home", "file/home", "up", cwd=tmp_path))
+    assert line.startswith("proctor: cannot write to")
+
+
+def test_ctrl_c_ends_a_push_in_order(tmp_path, images, valkey):
+    process = subprocess.Popen(
+        [*PROCTOR, "push", "images", "--product", "ctrl-c", "--camera", "top", "--loop", "--fps", "50"],
+        cwd=tmp_path,
+        env=os.environ | {"PROCTOR_REDIS__URL": valkey.url, "PROCTOR_PUBLISH__MAX_IN_FLIGHT": "5"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    import redis
+
+    server = redis.Redis.from_url(valkey.url)
+    while server.xlen("frames:{ctrl-c}") < 5:  # full: the next publish blocks, since nobody reads
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 0, stderr
+    assert "pushed 5 frames as ctrl-c/top" in stdout
+    (account,) = next(each for each in read_ledger(server) if each.product == "ctrl-c").cameras
+    assert account.balanced
+    assert (account.judged, account.in_flight) == (0, 5)
+    assert account.captured == 5 + account.shed
+    server.close()
+
+
+def test_help_names_every_command(tmp_path):
+    done = proctor("--help", cwd=tmp_path)
+    assert done.returncode == 0
+    commands = "up down status push train jobs models approve results evaluate demo doctor"
+    assert all(f" {command} " in done.stdout for command in commands.split())
