@@ -60,7 +60,7 @@ def solar_cells() -> Path:
     """The folder of real solar cells; it lies beside the checkout, not in it."""
     folder = SHARED_DATA / "elpv_mono"
     if not folder.is_dir():
-        reason = f"{folder} is missing: it is lent to sessions and to CI, not part of the repository"
+        reason = f"{folder} is missing: the benchmark images are not part of the repository; CI has them"
         if os.environ.get("CI"):
             pytest.fail(reason)
         pytest.skip(reason)
