@@ -17,20 +17,17 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import redis
-from rich.console import Console, Group, RenderableType
-from rich.live import Live
-from rich.panel import Panel
-from rich.table import Table
-from rich.text import Text
+from rich.console import Console
 
 from cluster.config import ProctorConfig, load_config
 from cluster.connection import connect
 from cluster.contact_sheet import Exhibit, draw_sheet
+from cluster.demo_progress import DemoProgress
+from cluster.demo_summary import DemoSummary
 from cluster.errors import ProctorError
 from cluster.launch import start_supervisor
 from cluster.run_state import RunState
 from cluster.solar_cells import LICENCE, Cell, CellSets, write_cells
-from cluster.status import Status, render
 from cluster.training import await_service
 from models.metrics import image_auroc
 from producers.camera import Camera
@@ -63,69 +60,6 @@ pass_share = 1.0 # keep every image: the contact sheet shows what was missed, to
 _LOOK_S = 0.1
 _PATIENCE_S = 120.0
 _EXHIBITS = 12
-
-
-@dataclass(frozen=True)
-class DemoSummary:
-    """What the demo found; field names are those of its JSON document."""
-
-    captured: int
-    judged: int
-    shed: int
-    dead: int
-    in_flight: int
-    balanced: bool
-    frames_per_s: float
-    latency_ms: dict[str, float]
-    auroc_before: float
-    auroc_after: float
-    false_rejects_before: float
-    false_rejects_after: float
-    detected_before: float
-    detected_after: float
-    approved: int
-    versions: dict[str, int]
-    rows: int
-    training_s: list[float]
-    seconds: float
-    contact_sheet: str
-    licence: str = LICENCE
-    kept: str | None = None
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return {name: getattr(self, name) for name in self.__dataclass_fields__}
-
-    def render(self) -> RenderableType:
-        """For people."""
-        table = Table.grid(padding=(0, 2))
-        table.add_column(style="dim")
-        table.add_column()
-        balance = "[green]balanced[/]" if self.balanced else "[red]NOT BALANCED[/]"
-        table.add_row(
-            "ledger",
-            f"captured {self.captured:,} = judged {self.judged:,} + shed {self.shed} + dead {self.dead} "
-            f"+ in flight {self.in_flight}  {balance}",
-        )
-        table.add_row("results", f"{self.rows:,} rows, each frame once")
-        table.add_row("speed", f"{self.frames_per_s:.0f} frames/s flat out")
-        table.add_row(
-            "latency", f"p50 {self.latency_ms['p50']:.0f} ms, p99 {self.latency_ms['p99']:.0f} ms camera → verdict"
-        )
-        table.add_row("image AUROC", f"{self.auroc_before * 100:.1f} % → {self.auroc_after * 100:.1f} %")
-        table.add_row(
-            "false rejects",
-            f"{self.false_rejects_before * 100:.1f} % → {self.false_rejects_after * 100:.1f} % "
-            f"after approving {self.approved} cells",
-        )
-        table.add_row("defects found", f"{self.detected_before * 100:.1f} % → {self.detected_after * 100:.1f} %")
-        table.add_row("versions", ", ".join(f"{version} ({n:,} frames)" for version, n in self.versions.items()))
-        table.add_row("training", " and ".join(f"{seconds:.0f} s" for seconds in self.training_s))
-        table.add_row("contact sheet", self.contact_sheet)
-        table.add_row("images", self.licence)
-        if self.kept:
-            table.add_row("running", self.kept)
-        return Panel(table, title=f"Proctor demo, {self.seconds:.0f} s", title_align="left", border_style="green")
 
 
 @dataclass
@@ -197,49 +131,6 @@ class _CellSource:
         return (self._folder.read(cell.path) for cell in self._cells)
 
 
-class _Show:
-    """The progress: phases with their times, and on a terminal the live ledger below them."""
-
-    def __init__(self, console: Console) -> None:
-        self._console = console
-        self._server: redis.Redis | None = None
-        self._phase = ""
-        self._since = self.started = time.monotonic()
-        self._live = Live(console=console, get_renderable=self._render, refresh_per_second=4, transient=True)
-
-    def __enter__(self) -> "_Show":
-        if self._console.is_terminal:
-            self._live.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            self.phase("")
-        else:
-            ending = ": interrupted, everything was ended" if kind is KeyboardInterrupt else ""
-            self._console.print(f"[red]✗[/] {self._phase}{ending}")
-        self._live.stop()
-
-    def watch(self, server: redis.Redis | None) -> None:
-        """Show the ledger from now on."""
-        self._server = server
-
-    def phase(self, text: str) -> None:
-        """Begin a phase; the one before is done."""
-        now = time.monotonic()
-        if self._phase:
-            self._console.print(f"[green]✓[/] {self._phase} [dim]{now - self._since:.1f} s[/]")
-        self._phase, self._since = text, now
-
-    def _render(self) -> RenderableType:
-        now = Text(f"… {self._phase} {time.monotonic() - self._since:.0f} s", style="cyan")
-        if self._server is None:
-            return now
-        with contextlib.suppress(Exception):  # the display must not end the demo; what is wrong shows elsewhere
-            return Group(now, render(Status.read(self._server)))
-        return now
-
-
 def run_demo(frames: int, keep: bool, console: Console) -> DemoSummary:
     """Run the demo in `.proctor/demo`.
 
@@ -255,7 +146,7 @@ def run_demo(frames: int, keep: bool, console: Console) -> DemoSummary:
         raise ProctorError(f"the demo still runs: `proctor --home {HOME} down` ends it")
     shutil.rmtree(HOME, ignore_errors=True)
     console.print(f"[dim]{LICENCE}[/]")
-    with _Show(console) as show, contextlib.ExitStack() as stack:
+    with DemoProgress(console) as show, contextlib.ExitStack() as stack:
         show.phase("reading the solar cells")
         config = _configure(HOME / "proctor.toml")
         cells = write_cells(config.home / "cells", TRAIN_CELLS, frames // 3)
@@ -288,7 +179,7 @@ def _configure(file: Path) -> ProctorConfig:
 class _Demo:
     """The demo's phases."""
 
-    def __init__(self, config: ProctorConfig, line: _Line, cells: CellSets, show: _Show) -> None:
+    def __init__(self, config: ProctorConfig, line: _Line, cells: CellSets, show: DemoProgress) -> None:
         self._config, self._line, self._cells, self._show = config, line, cells, show
         self._jobs = Jobs(line.server)
 
