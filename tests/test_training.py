@@ -1,15 +1,12 @@
-import csv
-import json
 import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from models.errors import ModelError, TrainingDataError, TrainingStoppedError, VersionError
-from models.evaluation import evaluate, judge
+from models.evaluation import judge
 from models.features import TeacherFeatures
 from models.holdout import split_holdout
 from models.images import TrainingImage, list_images, read_training_images
@@ -209,36 +206,6 @@ def test_recipes():
         recipe("slow")
 
 
-def test_evaluation_of_a_folder(normals, labelled, tmp_path):
-    images, masks, labels = labelled
-    write_set(tmp_path / "sets/weave", normals, images, masks, labels)
-    seen = set()
-    result = evaluate(
-        tmp_path / "sets",
-        QUICK,
-        out_dir=tmp_path / "out",
-        progress=lambda name, step, steps, loss: seen.add((name, steps)),
-        seeds=(0, 1),
-    )
-    assert seen == {("weave", QUICK.steps)}
-    assert [(each.name, each.seed) for each in result.results] == [("weave", 0), ("weave", 1)]
-    for each in result.results:
-        assert (each.train_images, each.test_good, each.test_defects) == (40, 20, 20)
-        assert each.image_auroc >= 0.95
-        assert each.pixel_auroc >= 0.9
-    assert json.loads((tmp_path / "out/evaluation.json").read_text()) == result.model_dump(mode="json")
-    with (tmp_path / "out/weave-seed1.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    scores = np.array([float(row["score"]) for row in rows])
-    assert image_auroc(scores, np.array([row["kind"] == "patch" for row in rows])) == result.results[1].image_auroc
-
-
-def test_evaluation_without_defects(normals, tmp_path):
-    write_set(tmp_path, normals[:2], normals[:2], [], np.zeros(2, bool))
-    with pytest.raises(TrainingDataError, match="good and defective"):
-        evaluate(tmp_path, QUICK)
-
-
 def test_solar_cells():
     if not ELPV.is_dir():
         if os.environ.get("CI") == "true":
@@ -250,17 +217,3 @@ def test_solar_cells():
     labels = np.repeat([False, True], [len(kinds[0]), len(kinds[1])])
     _, scores, _ = judge(train(normals, RECIPES["fast"]), images)
     assert image_auroc(scores, labels) >= 0.88
-
-
-def write_set(root, normals, images, masks, labels):
-    for folder in ("train/good", "test/good", "test/patch", "ground_truth/patch"):
-        (root / folder).mkdir(parents=True)
-    for index, image in enumerate(normals):
-        Image.fromarray(image).save(root / f"train/good/{index:02}.png")
-    for index, image in enumerate(images):
-        kind = "patch" if labels[index] else "good"
-        Image.fromarray(image).save(root / f"test/{kind}/{index:02}.png")
-        if labels[index]:
-            Image.fromarray(masks[index]).save(root / f"ground_truth/patch/{index:02}_mask.png")
-    if not labels.any():
-        (root / "test/patch").rmdir()
