@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import io
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -52,14 +53,38 @@ def list_images(folder: str | Path) -> list[Path]:
 def read_image(path: str | Path) -> np.ndarray:
     """Read one file as (H, W, 3) uint8 RGB.
 
-    Grey becomes three equal channels, alpha is dropped, the orientation tag is ignored as in serving, and 16-bit values
-    keep their upper 8 bits.
+    Grey becomes three equal channels, a palette its colours, alpha is dropped, the orientation tag is ignored as in
+    serving, and 16-bit values keep their upper 8 bits. Nothing is stretched by what an image happens to hold: two
+    images of a product must be scaled alike, or a change of light would vanish and noise become a texture. So a
+    camera's 10 or 12 bits that lie at the bottom of 16 come out nearly black; save them in 8 bits, or shifted up.
 
     Raises:
         TrainingDataError: Missing, empty, corrupt or cut-off file, unknown format, or more than 64
             megapixels.
     """
     return _decode(_read_bytes(Path(path)), str(path))
+
+
+def read_nonzero(path: str | Path) -> np.ndarray:
+    """Read where a file is not black, as (H, W) bool: a mask may mark by 1 of 255, 1 of 65535 or a colour.
+
+    Raises:
+        TrainingDataError: As for `read_image`.
+    """
+    with _opened(_read_bytes(Path(path)), str(path)) as image:
+        if image.mode[0] in "IF":
+            return np.asarray(image) != 0
+        return np.asarray(image.convert("RGB")).max(axis=2) > 0
+
+
+def image_size(path: str | Path) -> tuple[int, int]:
+    """Return a file's (height, width) in pixels as its header says.
+
+    Raises:
+        TrainingDataError: As for `read_image`, without a look at the pixels.
+    """
+    with _opened(_read_bytes(Path(path)), str(path)) as image:
+        return image.height, image.width
 
 
 def read_training_images(paths: Sequence[Path], size: int) -> tuple[np.ndarray, list[TrainingImage]]:
@@ -95,6 +120,13 @@ def _read_bytes(path: Path) -> bytes:
 
 
 def _decode(data: bytes, name: str) -> np.ndarray:
+    with _opened(data, name) as image:
+        return _to_rgb(image, name)
+
+
+@contextmanager
+def _opened(data: bytes, name: str) -> Iterator[Image.Image]:
+    """Open an image whose pixels are not decoded yet; whatever goes wrong inside is the file's fault."""
     try:
         with warnings.catch_warnings():
             # Of damaged metadata, which does no harm, and of size, which is judged here by our own limit.
@@ -103,7 +135,7 @@ def _decode(data: bytes, name: str) -> np.ndarray:
             width, height = image.size
             if width * height > MAX_PIXELS:
                 raise TrainingDataError(f"{name}: {width} x {height} pixels, more than {_LIMIT}")
-            return _to_rgb(image, name)
+            yield image
     except Image.DecompressionBombError:
         raise TrainingDataError(f"{name}: more than {_LIMIT}") from None
     except UnidentifiedImageError:

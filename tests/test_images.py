@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from models.datasets import find_sets, read_mask
 from models.errors import ModelError, TrainingDataError
-from models.images import list_images, read_image, read_training_images
+from models.images import image_size, list_images, read_image, read_nonzero, read_training_images
 from models.preprocess import fit_to_input
+from producers.frame import Picture, header_size
 
 
 @pytest.fixture
@@ -47,6 +47,65 @@ def test_16_bit_grey_keeps_its_upper_byte(tmp_path, suffix):
 def test_16_bit_colour(tmp_path, colours):
     cv2.imwrite(str(tmp_path / "a.png"), colours[:, :, ::-1].astype(np.uint16) * 257)
     np.testing.assert_array_equal(read_image(tmp_path / "a.png"), colours)
+
+
+def test_images_of_one_product_are_scaled_alike(tmp_path):
+    # A 12-bit camera's values at the bottom of 16 bits: dark, but a darker scene stays the darker one.
+    bright = np.linspace(0, 4095, 64).astype(np.uint16).reshape(8, 8)
+    for name, deep in (("bright", bright), ("dim", bright // 2)):
+        cv2.imwrite(str(tmp_path / f"{name}.png"), deep)
+        np.testing.assert_array_equal(read_image(tmp_path / f"{name}.png")[:, :, 0], deep >> 8)
+    assert read_image(tmp_path / "bright.png").max() == 15
+    # Shifted up by the four bits the camera lacks, they keep 8.
+    cv2.imwrite(str(tmp_path / "shifted.png"), bright << 4)
+    assert read_image(tmp_path / "shifted.png").max() == 255
+
+
+def pictures(colours: np.ndarray) -> dict[str, Image.Image]:
+    """The same colours, or the grey of the first channel, in the modes that PNG has."""
+    grey, alpha = Image.fromarray(colours[:, :, 0].copy()), Image.fromarray(colours[:, :, 1].copy())
+    palette = Image.fromarray(colours).quantize(16)
+    see_through = palette.copy()
+    see_through.info["transparency"] = 3
+    return {
+        "grey": grey,
+        "grey and alpha": Image.merge("LA", [grey, alpha]),
+        "16-bit grey": Image.fromarray(colours[:, :, 0].astype(np.uint16) * 256 + colours[:, :, 1]),
+        "1 bit": Image.fromarray(colours[:, :, 0] > 127),
+        "palette": palette,
+        "palette with a transparent colour": see_through,
+        "RGB": Image.fromarray(colours),
+        "RGBA": Image.fromarray(np.dstack([colours, colours[:, :, 0]])),
+    }
+
+
+@pytest.mark.parametrize("kind", pictures(np.zeros((6, 5, 3), np.uint8)))
+def test_every_mode_is_read_as_in_serving(tmp_path, colours, kind):
+    picture = pictures(colours)[kind]
+    picture.save(tmp_path / "a.png")
+    data = (tmp_path / "a.png").read_bytes()
+    channels = 1 if kind in ("grey", "grey and alpha", "16-bit grey", "1 bit") else 3
+    image = read_image(tmp_path / "a.png")
+    assert (image.shape, image.dtype) == ((6, 5, 3), np.uint8)
+    np.testing.assert_array_equal(image, Picture("png", (6, 5, channels), data).decode())
+    assert image.max() > 0
+    assert image_size(tmp_path / "a.png") == header_size(data) == (6, 5)
+
+
+def test_palette_becomes_its_colours(tmp_path):
+    picture = Image.fromarray(np.array([[0, 1], [2, 0]], np.uint8)).convert("P")
+    picture.putpalette([10, 20, 30, 40, 50, 60, 70, 80, 90])
+    picture.save(tmp_path / "a.png")
+    wanted = [[[10, 20, 30], [40, 50, 60]], [[70, 80, 90], [10, 20, 30]]]
+    assert read_image(tmp_path / "a.png").tolist() == wanted
+
+
+def test_floating_point_images_are_refused(tmp_path):
+    Image.fromarray(np.full((4, 4), 0.5, np.float32)).save(tmp_path / "a.tif")
+    with pytest.raises(TrainingDataError, match=r"a.tif: floating-point images have no fixed range"):
+        read_image(tmp_path / "a.tif")
+    # A mask has no range to know.
+    assert read_nonzero(tmp_path / "a.tif").all()
 
 
 def test_orientation_tag_turns_nothing_as_in_serving(tmp_path, colours):
@@ -115,6 +174,17 @@ def test_training_images_are_fitted_and_recorded(tmp_path, colours):
     assert records[0].sha256 == hashlib.sha256((tmp_path / "a.png").read_bytes()).hexdigest()
 
 
+def test_images_of_mixed_sizes_and_modes_are_read_in_order(tmp_path, colours):
+    for index, picture in enumerate(pictures(colours).values()):
+        picture.resize((20 + 7 * index, 90 - 9 * index)).save(tmp_path / f"{index}.png")
+    paths = list_images(tmp_path)
+    images, records = read_training_images(paths, 32)
+    assert (images.shape, images.dtype) == ((8, 32, 32, 3), np.uint8)
+    for image, record, path in zip(images, records, paths, strict=True):
+        np.testing.assert_array_equal(image, fit_to_input(read_image(path), 32))
+        assert record.id == path.name
+
+
 def test_shrinking_averages_and_nothing_is_cut():
     image = np.zeros((200, 100, 3), np.uint8)
     image[::2] = 200
@@ -129,36 +199,3 @@ def test_shrinking_averages_and_nothing_is_cut():
 def test_other_shapes_are_refused(shape):
     with pytest.raises(ModelError, match=r"expected \(H, W, 3\) uint8"):
         fit_to_input(np.zeros(shape, np.uint8), 32)
-
-
-def make_set(root, colours, kinds=("good", "scratch")):
-    for folder in ("train/good", *(f"test/{kind}" for kind in kinds)):
-        (root / folder).mkdir(parents=True)
-        Image.fromarray(colours).save(root / folder / "0.png")
-
-
-def test_labelled_sets(tmp_path, colours):
-    make_set(tmp_path / "nut", colours)
-    make_set(tmp_path / "bolt", colours)
-    mask = tmp_path / "nut/ground_truth/scratch/0_mask.png"
-    mask.parent.mkdir(parents=True)
-    Image.fromarray(np.eye(4) > 0).save(mask)
-    bolt, nut = find_sets(tmp_path)
-    assert (bolt.name, nut.name) == ("bolt", "nut")
-    assert [(image.kind, image.is_defect) for image in nut.test] == [("good", False), ("scratch", True)]
-    assert nut.has_masks
-    assert not bolt.has_masks
-    assert read_mask(nut.test[1], 8).sum() == 16
-    assert read_mask(nut.test[0], 8).sum() == 0
-    assert [each.name for each in find_sets(tmp_path / "nut")] == ["nut"]
-
-
-def test_incomplete_sets(tmp_path, colours):
-    with pytest.raises(TrainingDataError, match="expected train/good"):
-        find_sets(tmp_path)
-    (tmp_path / "nut/train/good").mkdir(parents=True)
-    with pytest.raises(TrainingDataError, match="holds no images"):
-        find_sets(tmp_path)
-    Image.fromarray(colours).save(tmp_path / "nut/train/good/0.png")
-    with pytest.raises(TrainingDataError, match="test: no such folder"):
-        find_sets(tmp_path / "nut")
