@@ -101,7 +101,8 @@ def find_sets(folder: str | Path) -> list[InspectionSet]:
 def read_mask(image: LabelledImage, size: int | None = None) -> np.ndarray:
     """Return where an image is defective, True where it is; all False for a good image.
 
-    A defect whose mask is all black is refused: counted, all its pixels would be normal and finding it an error.
+    A defect's mask may be all black, as a few of published sets are. It then marks nothing, which is how those sets'
+    figures are computed: no region to find, and whatever is found in the image is found wrongly.
 
     Args:
         image: Good, or a defect with a mask.
@@ -112,8 +113,8 @@ def read_mask(image: LabelledImage, size: int | None = None) -> np.ndarray:
         (size, size) or (H, W) bool.
 
     Raises:
-        TrainingDataError: The defect has no mask, or one that cannot be read, is all black or differs from the
-            image in aspect ratio by more than 1 %, as another image's would.
+        TrainingDataError: The defect has no mask, or one that cannot be read or differs from the image in aspect
+            ratio by more than 1 %, as another image's would.
     """
     if not image.is_defect:
         return np.zeros(image_size(image.path) if size is None else (size, size), bool)
@@ -125,11 +126,6 @@ def read_mask(image: LabelledImage, size: int | None = None) -> np.ndarray:
         raise TrainingDataError(
             f"{image.mask}: expected the shape of {image.path.name}, {image_width} x {image_height}, found "
             f"{width} x {height}; is it another image's mask?"
-        )
-    if not mask.any():
-        raise TrainingDataError(
-            f"{image.mask}: expected pixels above 0 where {image.path.name} is defective, found none; "
-            "mark the defect, or remove the mask and do without pixel figures"
         )
     if size is None:
         return mask
