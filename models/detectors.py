@@ -6,13 +6,17 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from models.asymts import AsymTS
 from models.detector import Detector
+from models.efficientad import EfficientAD
 from models.errors import ModelError
+from models.fcl import FCL
+from models.reverse import Reverse
 from models.stfpm import STFPM
 
 __all__ = ["DETECTORS", "Detector", "make_detector"]
 
-DETECTORS: dict[str, type[Detector]] = {STFPM.name: STFPM}
+DETECTORS: dict[str, type[Detector]] = {each.name: each for each in (STFPM, AsymTS, FCL, Reverse, EfficientAD)}
 
 
 def make_detector(name: str, options: dict[str, Any] | None = None) -> Detector:

@@ -1,35 +1,42 @@
-"""The frozen teacher's features of a training set, computed once where they fit a byte budget."""
+"""Normal images with the frozen teacher's features, computed once where they fit a byte budget."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from models.detector import NormalBatches
 from models.inference import to_input
 from models.teachers import Features, Teacher
 
 _CHUNK = 16
 
 
-class TeacherFeatures:
+class TeacherFeatures(NormalBatches):
     """Batches of normalised images with the teacher's features of them.
 
-    Images are not augmented, so an image's features never change and may be cached.
+    An image that is not augmented has the same features each time, so they may be cached.
 
     Args:
         teacher: Prepared teacher.
         images: (N, S, S, 3) uint8 RGB.
         cache_bytes: Largest size of the cache; beyond it features are computed anew for each batch.
+        augment: Draws other forms of (B, S, S, 3) uint8 images, of the same shape; None takes them as they are.
     """
 
-    def __init__(self, teacher: Teacher, images: np.ndarray, cache_bytes: int) -> None:
+    def __init__(
+        self, teacher: Teacher, images: np.ndarray, cache_bytes: int, augment: Callable[[Tensor], Tensor] | None = None
+    ) -> None:
+        self._augment = augment
         parameter = next(teacher.parameters())
         self._teacher, self._dtype = teacher, parameter.dtype
         self._images = torch.from_numpy(images).to(parameter.device)
         self._cache: tuple[Tensor, ...] | None = None
         needed = sum(tap.numel() * tap.element_size() for tap in self._compute(self._images[:1])[1]) * len(images)
-        if needed <= cache_bytes:
+        if augment is None and needed <= cache_bytes:
             chunks = [self._compute(chunk)[1] for chunk in self._images.split(_CHUNK)]
             # Stored as (N, h, w, C): picking images then keeps the channels_last layout.
             self._cache = tuple(
@@ -49,6 +56,8 @@ class TeacherFeatures:
             (B, 3, S, S) normalised images in the teacher's dtype, and the teacher's features of them.
         """
         images = self._images[indices.to(self._images.device)]
+        if self._augment is not None:
+            images = self._augment(images)
         if self._cache is None:
             return self._compute(images)
         picked = tuple(tap[indices.to(tap.device)].permute(0, 3, 1, 2) for tap in self._cache)

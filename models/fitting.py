@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from models.detector import Detector
+from models.detector import Detector, Student
 from models.errors import ModelError, TrainingStoppedError
 from models.features import TeacherFeatures
 from models.inference import best_dtype
@@ -40,18 +40,22 @@ class Fit:
 
     settings: TrainingSettings
     detector: Detector
-    student: nn.Module
+    student: Student
     normals: TeacherFeatures
     held_out: TeacherFeatures
     device: torch.device
 
+    def __post_init__(self) -> None:
+        self._compiled = torch.compile(self.student) if self.settings.compile else None
+
     def run(self, progress: Progress | None, should_stop: ShouldStop | None) -> list[float]:
-        """Take all steps; return their losses and leave the student that is to be kept."""
+        """Take all steps, or fewer on a plateau; return their losses and leave the student that is to be kept."""
         self.student.to(memory_format=torch.channels_last)
+        self.student.begin(self.normals)
         settings = self.settings
         optimizer, schedule = self._optimizer()
         losses: list[Tensor] = []
-        best, best_loss = None, math.inf
+        best = Best()
         checkpoint_steps = max(1, settings.steps // CHECKPOINTS)
         for step, indices in enumerate(self._batches(), start=1):
             losses.append(self._step(indices, optimizer))
@@ -60,13 +64,17 @@ class Fit:
                 self._report(step, losses, progress)
                 if should_stop is not None and should_stop():
                     raise TrainingStoppedError(f"training stopped at step {step} of {settings.steps}")
-            if settings.keep == "best" and (step % checkpoint_steps == 0 or step == settings.steps):
-                loss = self.held_out_loss()
-                if loss < best_loss:
-                    best, best_loss = copy.deepcopy(self.student.state_dict()), loss
-        if best is not None:
-            self.student.load_state_dict(best)
+            if self._looks_at_held_out and (step % checkpoint_steps == 0 or step == settings.steps):
+                best.offer(self.held_out_loss(), self.student if settings.keep == "best" else None)
+                if settings.patience is not None and best.age >= settings.patience:
+                    break
+        if best.state is not None:
+            self.student.load_state_dict(best.state)
         return torch.stack(losses).tolist()
+
+    @property
+    def _looks_at_held_out(self) -> bool:
+        return self.settings.keep == "best" or self.settings.patience is not None
 
     def _step(self, indices: Tensor, optimizer: torch.optim.Optimizer) -> Tensor:
         self.student.train()
@@ -79,10 +87,11 @@ class Fit:
 
     def _loss(self, inputs: Tensor, features: tuple[Tensor, ...]) -> Tensor:
         dtype = training_dtype(self.device)
+        student = self._compiled if self._compiled is not None and self.student.training else self.student
         with torch.autocast(self.device.type, dtype=dtype, enabled=dtype != torch.float32):
-            own = self.student(inputs)
+            pairs = student(inputs, features)
         # Outside: a loss needs float32.
-        return self.detector.loss(features, own)
+        return self.detector.loss(pairs)
 
     def _report(self, step: int, losses: list[Tensor], progress: Progress | None) -> None:
         recent = float(torch.stack(losses[-REPORT_STEPS:]).mean())
@@ -122,6 +131,29 @@ class Fit:
             optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=decay)
         factor = _schedule(settings)
         return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+@dataclass
+class Best:
+    """The lowest loss on the held-out normals so far.
+
+    Attributes:
+        loss: The lowest.
+        age: Looks since then.
+        state: The student's state dict at that look, where it is kept.
+    """
+
+    loss: float = math.inf
+    age: int = 0
+    state: dict[str, Tensor] | None = None
+
+    def offer(self, loss: float, student: Student | None) -> None:
+        """Take note of a loss, and of the student where it is to be kept."""
+        self.age += 1
+        if loss < self.loss:
+            self.loss, self.age = loss, 0
+            if student is not None:
+                self.state = copy.deepcopy(student.state_dict())
 
 
 def _schedule(settings: TrainingSettings) -> Callable[[int], float]:

@@ -8,32 +8,39 @@ from __future__ import annotations
 import copy
 import math
 from itertools import pairwise
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 
-def fold_batchnorm(network: nn.Module) -> nn.Module:
-    """Return a copy of an image network in evaluation mode with its batch normalisations folded.
+Network = TypeVar("Network", bound=nn.Module)
+
+
+def fold_batchnorm(network: Network, probe: tuple[Any, ...]) -> Network:
+    """Return a copy of a network in evaluation mode with its batch normalisations folded.
 
     A normalisation is folded when its parent lists it directly behind a convolution of as many channels. That
     is how torchvision and timm write post-normalised blocks; a network where order and computation differ is
-    found by comparing outputs on a random image, and then returned unfolded.
+    found by comparing outputs, and then returned unfolded.
 
     Args:
-        network: float32 network on the CPU that takes (B, 3, H, W) normalised images and returns a tuple of
-            tensors.
+        network: float32 network on the CPU.
+        probe: Arguments to call it with; it returns a tensor, or tuples of them.
     """
     plain = copy.deepcopy(network).eval()
     folded = copy.deepcopy(plain)
     for parent in list(folded.modules()):
         _fold_children(parent)
-    probe = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        pairs = zip(plain(probe), folded(probe), strict=True)
-        same = all(_close(a, b) for a, b in pairs)
+        outputs = zip(_tensors(plain(*probe)), _tensors(folded(*probe)), strict=True)
+        same = all(_close(a, b) for a, b in outputs)
     return folded if same else plain
+
+
+def _tensors(output: torch.Tensor | tuple) -> list[torch.Tensor]:
+    return [output] if isinstance(output, torch.Tensor) else [tensor for part in output for tensor in _tensors(part)]
 
 
 def _close(expected: torch.Tensor, found: torch.Tensor) -> bool:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from models.detector import Detector
+from models.detector import Detector, Student
 from models.errors import ModelError
 from models.folding import fold_batchnorm
 from models.teachers import Features, Teacher
 
-Network = TypeVar("Network", bound=nn.Module)
+Network = TypeVar("Network", Teacher, Student)
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -50,7 +50,7 @@ def prepare(module: Network, device: torch.device, dtype: torch.dtype) -> Networ
     and lies on `device` in `dtype` and channels_last. A copy that was prepared before cannot be prepared
     again.
     """
-    ready = fold_batchnorm(module).requires_grad_(False)
+    ready = fold_batchnorm(module, module.probe()).requires_grad_(False)
     return ready.to(device=device, dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
@@ -72,7 +72,7 @@ def to_input(images: Tensor, teacher: Teacher, dtype: torch.dtype) -> Tensor:
 
 
 @torch.inference_mode()
-def infer(detector: Detector, student: nn.Module, images: Tensor, teacher_features: Features) -> tuple[Tensor, Tensor]:
+def infer(detector: Detector, student: Student, images: Tensor, teacher_features: Features) -> tuple[Tensor, Tensor]:
     """Judge a batch of one product.
 
     Args:
@@ -84,6 +84,6 @@ def infer(detector: Detector, student: nn.Module, images: Tensor, teacher_featur
     Returns:
         (B, S, S) float32 anomaly maps and (B,) float32 scores.
     """
-    maps = detector.scale_maps(teacher_features, student(images))
-    fused = detector.fuse(maps, images.shape[-1])
+    maps = detector.scale_maps(student(images, teacher_features))
+    fused = detector.fuse(maps, images.shape[-1], student.statistics)
     return fused, detector.score(fused)

@@ -28,6 +28,11 @@ class TrainingSettings(BaseModel):
             zero.
         keep: 'last' keeps the student of the last step, 'best' that of the lowest loss on the held-out
             normals.
+        patience: A training ends early when the loss on the held-out normals has not fallen for so many of the 20
+            looks that it takes; None takes all steps. No defect is ever looked at.
+        augment: 'none', or 'camera' for what varies before a fixed camera: brightness, contrast and a shift of up to
+            two pixels, drawn anew for each step. Then the teacher's features cannot be cached.
+        compile: Whether the student's training step is compiled, which takes a minute before it is faster.
         seed: Of the student's first weights and of the batches' order.
         holdout: Share of the images kept out of training, for calibration.
         false_reject_rate: Share of normal images that may be judged `fail`; sets the threshold.
@@ -52,6 +57,9 @@ class TrainingSettings(BaseModel):
     weight_decay: float = Field(default=1e-4, ge=0)
     schedule: Literal["constant", "cosine", "onecycle"] = "onecycle"
     keep: Literal["last", "best"] = "last"
+    patience: int | None = Field(default=None, ge=1)
+    augment: Literal["none", "camera"] = "none"
+    compile: bool = False
     seed: int = Field(default=0, ge=0, lt=2**32)
     holdout: float = Field(default=0.3, gt=0, lt=1)
     false_reject_rate: float = Field(default=0.01, gt=0, lt=1)

@@ -17,6 +17,8 @@ from models.weights import downloaded_resnet18, packaged_lite0, read_weights, sh
 
 Triple = tuple[float, float, float]
 Features = tuple[Tensor, ...]
+# Of the taps, the same for every teacher.
+STRIDES = (4, 8, 16)
 
 
 class Teacher(nn.Module):
@@ -43,6 +45,10 @@ class Teacher(nn.Module):
     def train(self, mode: bool = True) -> Teacher:
         """Stay in evaluation mode: a teacher's statistics never move, whatever its surroundings do."""
         return super().train(False)
+
+    def probe(self) -> tuple[Tensor]:
+        """Return a random input to compare two forms of the network by."""
+        return (torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)),)
 
     def forward(self, images: Tensor) -> Features:
         """Return the features of a batch.

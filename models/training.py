@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from models.augmentation import CameraAugmentation
 from models.calibration import Calibration, calibrate
-from models.detector import Detector
+from models.detector import Detector, Student
 from models.detectors import make_detector
 from models.errors import ModelError, TrainingDataError
 from models.features import TeacherFeatures
@@ -41,7 +42,7 @@ class TrainedStudent:
 
     detector: Detector
     teacher: Teacher
-    student: nn.Module
+    student: Student
     calibration: Calibration
     settings: TrainingSettings
     history: list[float] = field(repr=False)
@@ -90,12 +91,13 @@ def train(
             settings=settings,
             detector=detector,
             student=_new_student(detector, teacher, settings.seed, start_from).to(device),
-            normals=TeacherFeatures(ready, fitted[trained_on], settings.cache_bytes),
+            normals=TeacherFeatures(ready, fitted[trained_on], settings.cache_bytes, _augmentation(settings)),
             held_out=TeacherFeatures(ready, fitted[held_out], settings.cache_bytes),
             device=device,
         )
         history = fit.run(progress, should_stop)
         student = fit.student.cpu().eval().requires_grad_(False)
+        measure_maps(detector, teacher, student, fitted[held_out], device)
         scores = score_images(detector, teacher, student, fitted[held_out], device)
     return TrainedStudent(
         detector=detector,
@@ -108,8 +110,20 @@ def train(
     )
 
 
+@torch.inference_mode()
+def measure_maps(
+    detector: Detector, teacher: Teacher, student: Student, images: np.ndarray, device: torch.device
+) -> None:
+    """Give the student the statistics of its maps on (N, S, S, 3) uint8 RGB validation normals."""
+    dtype = best_dtype(device)
+    source = TeacherFeatures(prepare(teacher, device, dtype), images, cache_bytes=0)
+    ready = prepare(student, device, dtype)
+    maps = [detector.scale_maps(ready(*source.batch(chunk))) for chunk in source.chunks()]
+    student.statistics.measure([tuple(each.cpu() for each in batch) for batch in maps])
+
+
 def score_images(
-    detector: Detector, teacher: Teacher, student: nn.Module, images: np.ndarray, device: torch.device
+    detector: Detector, teacher: Teacher, student: Student, images: np.ndarray, device: torch.device
 ) -> np.ndarray:
     """Score images as they would be in serving.
 
@@ -130,6 +144,10 @@ def score_images(
     return torch.cat(scores).numpy()
 
 
+def _augmentation(settings: TrainingSettings) -> CameraAugmentation | None:
+    return CameraAugmentation(settings.seed) if settings.augment == "camera" else None
+
+
 @contextmanager
 def _threads(count: int | None) -> Iterator[None]:
     """Compute with `count` CPU threads inside, None being half the cores."""
@@ -141,7 +159,7 @@ def _threads(count: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _new_student(detector: Detector, teacher: Teacher, seed: int, start_from: Mapping[str, Tensor] | None) -> nn.Module:
+def _new_student(detector: Detector, teacher: Teacher, seed: int, start_from: Mapping[str, Tensor] | None) -> Student:
     """Build a student from its seed without touching the caller's random state."""
     with torch.random.fork_rng(devices=[]):
         torch.random.default_generator.manual_seed(seed)

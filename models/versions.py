@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from models.cards import DetectorRecord, ModelCard, ModelDraft, TeacherRecord, TrainingRecord
-from models.detector import Detector
+from models.detector import Detector, Student
 from models.detectors import make_detector
 from models.errors import VersionError
 from models.images import TrainingImage
@@ -54,7 +54,7 @@ def draft_card(
     )
 
 
-def restore(card: ModelCard, state: Mapping[str, Tensor], teacher: Teacher) -> tuple[Detector, nn.Module]:
+def restore(card: ModelCard, state: Mapping[str, Tensor], teacher: Teacher) -> tuple[Detector, Student]:
     """Rebuild a published version's detector and student, float32 on the CPU, in evaluation mode.
 
     Raises:

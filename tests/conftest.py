@@ -179,7 +179,8 @@ def versions(tmp_path_factory: pytest.TempPathFactory) -> Versions:
             student = detector.build_student(teacher)
         state = student.state_dict()
         if product == "blank":
-            state["conv1.weight"] = torch.full_like(state["conv1.weight"], torch.nan)
+            name = "network.conv1.weight"
+            state[name] = torch.full_like(state[name], torch.nan)
         draft = ModelDraft(
             product=product,
             detector=DetectorRecord(name=detector.name, options=detector.model_dump()),
@@ -220,7 +221,7 @@ def residents(versions: Versions) -> "dict[str, Resident]":
     names = ("bolt", "bolt_new", "nut", "washer")
     built = {name: engine.build(getattr(versions, name).product, getattr(versions, name).version) for name in names}
     student = copy.deepcopy(built["bolt"].student)
-    student.conv1.weight.fill_(torch.nan)
+    student.network.conv1.weight.fill_(torch.nan)
     return built | {"blank": replace(built["bolt"], card=versions.blank, student=student)}
 
 

@@ -11,7 +11,7 @@ from models.errors import TeacherError
 from models.folding import fold_batchnorm
 from models.inference import prepare, to_input
 from models.preprocess import fit_to_input
-from models.students import ResNetStudent
+from models.backbones import ResNetBackbone
 from models.teachers import TEACHERS, load_classifier, load_teacher
 from models.weights import packaged_lite0, sha256_of
 
@@ -76,7 +76,7 @@ def test_input_is_normalised_as_the_teacher_was_trained():
 def test_resnet18_from_a_truncated_file(tmp_path):
     weights = save_resnet18(tmp_path / "conv1-layer3.safetensors")
     teacher = load_teacher("resnet18", weights)
-    reference = ResNetStudent(teacher.channels, width=1.0)
+    reference = ResNetBackbone(teacher.channels, width=1.0)
     reference.load_state_dict(safetensors.torch.load_file(weights))
     inputs = to_input(random_images(), teacher, torch.float32)
     with torch.inference_mode():
@@ -168,13 +168,13 @@ def test_folding_keeps_out_of_a_network_that_computes_in_another_order():
 
     network = PreNormalised().eval()
     images = torch.randn(1, 3, 8, 8)
-    torch.testing.assert_close(fold_batchnorm(network)(images), network(images))
+    torch.testing.assert_close(fold_batchnorm(network, (images,))(images), network(images))
 
 
 def save_resnet18(path: Path) -> Path:
     """Random weights in the names and shapes of ResNet-18 up to layer3."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        state = ResNetStudent((64, 128, 256), width=1.0).state_dict()
+        state = ResNetBackbone((64, 128, 256), width=1.0).state_dict()
     safetensors.torch.save_file(state, path)
     return path

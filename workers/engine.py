@@ -9,10 +9,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import nn
 
 from models.cards import ModelCard
-from models.detector import Detector
+from models.detector import Detector, Student
 from models.errors import VersionError
 from models.inference import best_dtype, infer, pick_device, prepare, to_input
 from models.preprocess import fit_to_input
@@ -36,7 +35,7 @@ class Resident:
 
     card: ModelCard
     detector: Detector
-    student: nn.Module
+    student: Student
     teacher: Teacher
 
 
