@@ -335,34 +335,43 @@ def results(
 
 @app.command()
 def evaluate(
-    data: Annotated[Path, typer.Option(help="A set in MVTec AD's layout, or a folder of sets.")],
-    detector: Annotated[str | None, typer.Option(help="Detector, if not the recipe's.")] = None,
+    data: Annotated[Path, typer.Option(help="A labelled set, or a folder of sets.")],
+    detector: Annotated[list[str] | None, typer.Option(help="Detector, if not the recipe's; more to compare.")] = None,
+    compare: Annotated[str | None, typer.Option(help="Detectors side by side, as a,b,c.")] = None,
+    option: Annotated[
+        list[str] | None, typer.Option(help="Detector's option, name=value or outer.inner=value.")
+    ] = None,
     teacher: Annotated[str | None, typer.Option(help="Teacher, if not the recipe's.")] = None,
     weights: Annotated[Path | None, typer.Option(help="The teacher's local weights file.")] = None,
     recipe: Annotated[str, typer.Option(help="fast, or paper: STFPM as published.")] = "fast",
     steps: Annotated[int | None, typer.Option(min=1)] = None,
     input_size: Annotated[int | None, typer.Option(min=64)] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Trainings per set, seeds 0, 1, ...")] = 1,
-    to: Annotated[Path | None, typer.Option("--out", help="Folder for scores and evaluation.json.")] = None,
+    to: Annotated[Path | None, typer.Option("--out", help="Folder for figures, scores and a page to look at.")] = None,
     as_json: Json = False,
 ) -> None:
     """Train on a labelled set's normal images and measure how well its defects are found. Needs no application."""
-    from cluster.evaluating import evaluate_sets, evaluation_table
+    from cluster.evaluating import evaluate_detectors
+    from cluster.evaluation_choice import chosen_settings
+    from cluster.evaluation_tables import evaluation_tables
+    from models.figures import as_document
 
-    chosen = {
-        "detector": detector,
+    overrides = {
         "teacher": teacher,
         "weights": str(weights) if weights else None,
         "steps": steps,
         "input_size": input_size,
     }
-    evaluation = evaluate_sets(
-        data, recipe, {k: v for k, v in chosen.items() if v is not None}, (range(seeds), to), err
-    )
+    names = [*(detector or []), *(name.strip() for name in (compare or "").split(",") if compare)]
+    chosen = chosen_settings(recipe, names, option or [], {k: v for k, v in overrides.items() if v is not None})
+    evaluations = evaluate_detectors(data, chosen, range(seeds), to, err)
     if as_json:
-        _print_json(evaluation.model_dump(mode="json"))
+        _print_json(as_document(evaluations))
     else:
-        out.print(evaluation_table(evaluation))
+        for table in evaluation_tables(evaluations):
+            out.print(table.render())
+    if to is not None:
+        _say(f"report in {to / 'index.html'}")
 
 
 @app.command()

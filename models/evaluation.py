@@ -2,95 +2,89 @@
 
 from __future__ import annotations
 
-import csv
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
 
+from models import metrics
 from models.calibration import is_fail
-from models.datasets import InspectionSet, find_sets, read_mask
+from models.datasets import GOOD, InspectionSet, LabelledImage, find_sets, read_mask
+from models.detectors import make_detector
 from models.errors import TrainingDataError
-from models.features import TeacherFeatures
+from models.figures import Evaluation, KindResult, SetResult, summarise
 from models.images import read_training_images
-from models.inference import best_dtype, infer, pick_device, prepare
-from models.metrics import image_auroc, pixel_auroc
+from models.inference import pick_device
+from models.judging import judge, speed
 from models.settings import TrainingSettings
 from models.teachers import Teacher, load_teacher
 from models.training import TrainedStudent, train
 
-EvaluationProgress = Callable[[str, int, int, float], None]
+_BATCH = 16
 
 
-class SetResult(BaseModel):
-    """One student's figures on one set.
+@dataclass(frozen=True)
+class EvaluationStep:
+    """Where an evaluation is.
 
     Attributes:
         name: The set's.
         seed: The training's.
-        train_images: Normal images given to the training.
-        test_good: Normal test images.
-        test_defects: Defective test images.
-        image_auroc: 0..1.
-        pixel_auroc: 0..1, None where masks are missing.
-        threshold: From the training's own held-out normals.
-        false_reject_rate: Share of normal test images above the threshold.
-        detection_rate: Share of defective test images above the threshold.
-        train_seconds: Duration of the training.
-        frames_per_s: Test images judged a second, teacher and student, batches of 16.
+        phase: 'reading', 'training', 'judging' or 'measuring'.
+        done: Steps or images of this phase so far.
+        total: Of how many, None where that is unknown.
+        loss: The training's, None in other phases.
     """
-
-    model_config = ConfigDict(frozen=True)
 
     name: str
     seed: int
-    train_images: int
-    test_good: int
-    test_defects: int
-    image_auroc: float
-    pixel_auroc: float | None
-    threshold: float
-    false_reject_rate: float
-    detection_rate: float
-    train_seconds: float
-    frames_per_s: float
+    phase: str
+    done: int = 0
+    total: int | None = None
+    loss: float | None = None
 
 
-class Evaluation(BaseModel):
-    """Figures of one way of training, over sets and seeds.
+@dataclass(frozen=True)
+class Judged:
+    """A set's test images, judged by one student; all in the set's order.
 
     Attributes:
-        settings: How the students were trained; each result names its seed.
-        teacher_sha256: Of the teacher's weights file.
-        device: Where it was computed.
-        results: One for each set and seed.
+        tested: The set.
+        settings: The training's, its seed too.
+        result: Its figures.
+        maps: (N, S, S) float32 anomaly maps.
+        scores: (N,) float32.
+        fails: (N,) bool, True where rejected.
     """
 
-    model_config = ConfigDict(frozen=True)
-
+    tested: InspectionSet
     settings: TrainingSettings
-    teacher_sha256: str
-    device: str
-    results: list[SetResult]
+    result: SetResult
+    maps: np.ndarray
+    scores: np.ndarray
+    fails: np.ndarray
+
+
+EvaluationProgress = Callable[[EvaluationStep], None]
+OnJudged = Callable[[Judged], None]
 
 
 def evaluate(
     data_dir: str | Path,
     settings: TrainingSettings,
-    out_dir: str | Path | None = None,
-    progress: EvaluationProgress | None = None,
     seeds: Sequence[int] | None = None,
+    progress: EvaluationProgress | None = None,
+    on_judged: OnJudged | None = None,
 ) -> Evaluation:
     """Train on each set's normal images and judge its test images.
 
     Args:
-        data_dir: A folder in MVTec AD's layout, or a folder of such folders.
+        data_dir: A labelled set, or a folder of such sets, see `models.datasets`.
         settings: How to train.
-        out_dir: Receives `evaluation.json` and one `<set>-seed<n>.csv` of scores for each training.
-        progress: Called with the set's name, step, steps and loss.
         seeds: One training for each; None takes the settings' own.
+        progress: Called often.
+        on_judged: Called after each training; only it sees maps and scores, they are not kept.
 
     Raises:
         TrainingDataError: The folder is no labelled set, an image is unreadable or a kind of test image is
@@ -101,91 +95,125 @@ def evaluate(
     for each in sets:
         if len({image.is_defect for image in each.test}) < 2:
             raise TrainingDataError(f"{each.name}: test needs good and defective images")
-    out = Path(out_dir) if out_dir is not None else None
-    if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
+    detector = make_detector(settings.detector, settings.detector_options)
     teacher = load_teacher(settings.teacher, settings.weights)
+    seeded = [settings.model_copy(update={"seed": seed}) for seed in seeds or (settings.seed,)]
     results = []
     for each in sets:
-        for seed in seeds or (settings.seed,):
-            seeded = settings.model_copy(update={"seed": seed})
-            results.append(_evaluate_set(each, seeded, teacher, out, progress))
-    evaluation = Evaluation(
-        settings=settings,
+        for judged in _judge_set(each, seeded, teacher, progress or (lambda step: None)):
+            results.append(judged.result)
+            if on_judged is not None:
+                on_judged(judged)
+    of_sets, mean = summarise(results)
+    return Evaluation(
+        detector=settings.detector,
+        detector_options=detector.model_dump(mode="json"),
+        teacher=teacher.name,
         teacher_sha256=teacher.weights_sha256,
+        settings=settings,
         device=str(pick_device(settings.device)),
         results=results,
+        sets=of_sets,
+        mean=mean,
     )
-    if out is not None:
-        (out / "evaluation.json").write_text(evaluation.model_dump_json(indent=2) + "\n")
-    return evaluation
 
 
-def _evaluate_set(
+def _judge_set(
+    each: InspectionSet, seeded: Sequence[TrainingSettings], teacher: Teacher, progress: EvaluationProgress
+) -> Iterator[Judged]:
+    """Yield what each training's student says of the set; its images are read once for all of them."""
+    size = seeded[0].input_size
+    progress(EvaluationStep(each.name, seeded[0].seed, "reading"))
+    normals, _ = read_training_images(each.train, size)
+    images, _ = read_training_images([image.path for image in each.test], size)
+    masks = _Masks(each.test) if each.has_masks else None
+    for _ in masks or ():
+        pass  # a mask that is wrong is found before hours of training, not after
+    for settings in seeded:
+        step = EvaluationStep(each.name, settings.seed, "training", 0, settings.steps)
+
+        def show(done: int, steps: int, loss: float, step: EvaluationStep = step) -> None:
+            progress(replace(step, done=done, total=steps, loss=loss))
+
+        progress(step)
+        trained = train(normals, settings, teacher=teacher, progress=show)
+        yield _judge(each, trained, images, masks, progress)
+
+
+def _judge(
     each: InspectionSet,
-    settings: TrainingSettings,
-    teacher: Teacher,
-    out: Path | None,
-    progress: EvaluationProgress | None,
-) -> SetResult:
-    normals, _ = read_training_images(each.train, settings.input_size)
-    trained = train(
-        normals,
-        settings,
-        teacher=teacher,
-        progress=None if progress is None else lambda *state: progress(each.name, *state),
-    )
-    tested, _ = read_training_images([image.path for image in each.test], settings.input_size)
-    maps, scores, seconds = judge(trained, tested)
+    trained: TrainedStudent,
+    images: np.ndarray,
+    masks: _Masks | None,
+    progress: EvaluationProgress,
+) -> Judged:
+    step = EvaluationStep(each.name, trained.settings.seed, "judging", 0, len(images))
+    progress(step)
+    maps, scores, _ = judge(trained, images, lambda done: progress(replace(step, done=done)))
+    progress(replace(step, phase="measuring", total=None))
+    threshold = trained.calibration.threshold
     defects = np.array([image.is_defect for image in each.test])
-    fails = np.array([is_fail(score, trained.calibration.threshold) for score in scores])
-    if out is not None:
-        _write_scores(out / f"{each.name}-seed{settings.seed}.csv", each, scores, fails)
-    auroc = image_auroc(scores, defects)
-    assert auroc is not None  # both kinds of image are there
-    masks = [read_mask(image, settings.input_size) for image in each.test] if each.has_masks else None
-    return SetResult(
+    fails = np.array([is_fail(score, threshold) for score in scores])
+    of_pixels = (None, None, None) if masks is None else _of_pixels(maps, masks)
+    result = SetResult(
         name=each.name,
-        seed=settings.seed,
-        train_images=len(normals),
+        seed=trained.settings.seed,
+        train_images=len(each.train),
         test_good=int((~defects).sum()),
         test_defects=int(defects.sum()),
-        image_auroc=auroc,
-        pixel_auroc=None if masks is None else pixel_auroc(list(maps), masks),
-        threshold=trained.calibration.threshold,
+        image_auroc=_among_both(metrics.image_auroc(scores, defects)),
+        average_precision=_among_both(metrics.average_precision(scores, defects)),
+        pixel_auroc=of_pixels[0],
+        aupro_30=of_pixels[1],
+        aupro_5=of_pixels[2],
+        threshold=threshold,
         false_reject_rate=float(fails[~defects].mean()),
         detection_rate=float(fails[defects].mean()),
         train_seconds=trained.seconds,
-        frames_per_s=len(tested) / seconds,
+        frames_per_s=speed(trained, images, _BATCH),
+        frames_per_s_single=speed(trained, images, 1),
+        kinds=_of_kinds(each, scores, fails),
     )
+    return Judged(each, trained.settings, result, maps, scores, fails)
 
 
-def judge(trained: TrainedStudent, images: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
-    """Judge images as serving would.
-
-    Args:
-        trained: The student.
-        images: (N, S, S, 3) uint8 RGB.
-
-    Returns:
-        (N, S, S) float32 anomaly maps, (N,) float32 scores, and the seconds it took.
-    """
-    device = pick_device(trained.settings.device)
-    dtype = best_dtype(device)
-    source = TeacherFeatures(prepare(trained.teacher, device, dtype), images, cache_bytes=0)
-    student = prepare(trained.student, device, dtype)
-    maps, scores = np.empty(images.shape[:3], np.float32), np.empty(len(images), np.float32)
-    started = time.perf_counter()
-    for chunk in source.chunks():
-        fused, score = infer(trained.detector, student, *source.batch(chunk))
-        maps[chunk], scores[chunk] = fused.cpu().numpy(), score.cpu().numpy()
-    return maps, scores, time.perf_counter() - started
+def _of_pixels(maps: np.ndarray, masks: _Masks) -> tuple[float | None, float | None, float | None]:
+    """Return the AUROC of pixels and the AUPRO up to 30 % and to 5 %."""
+    overlap = metrics.aupro(maps, masks, (0.3, 0.05)) or {}
+    return metrics.pixel_auroc(maps, masks), overlap.get(0.3), overlap.get(0.05)
 
 
-def _write_scores(path: Path, each: InspectionSet, scores: np.ndarray, fails: np.ndarray) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(("image", "kind", "score", "verdict"))
-        for image, score, fail in zip(each.test, scores, fails, strict=True):
-            row = (image.path.name, image.kind, f"{score:.9g}", "fail" if fail else "pass")
-            writer.writerow(row)
+def _of_kinds(each: InspectionSet, scores: np.ndarray, fails: np.ndarray) -> list[KindResult]:
+    of_image = np.array([image.kind for image in each.test])
+    good = of_image == GOOD
+    results = []
+    for kind in sorted(set(of_image.tolist()), key=lambda kind: (kind != GOOD, kind)):
+        chosen = of_image == kind
+        pair = good | chosen
+        auroc = None if kind == GOOD else metrics.image_auroc(scores[pair], chosen[pair])
+        results.append(
+            KindResult(kind=kind, images=int(chosen.sum()), rejected=int(fails[chosen].sum()), image_auroc=auroc)
+        )
+    return results
+
+
+def _among_both(figure: float | None) -> float:
+    """Return a figure that is None only where one kind of image is missing, which `evaluate` refuses."""
+    assert figure is not None
+    return figure
+
+
+class _Masks(Collection[np.ndarray]):
+    """The ground truth of test images at its own size, read anew each time: sets of large masks fit."""
+
+    def __init__(self, images: Sequence[LabelledImage]) -> None:
+        self._images = images
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return (read_mask(image) for image in self._images)
+
+    def __contains__(self, mask: object) -> bool:
+        return any(mask is each for each in self)
