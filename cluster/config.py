@@ -99,6 +99,7 @@ class ProductSettings(_Section):
     """What one product's training has different from `[training]`."""
 
     detector: str | None = None
+    detector_options: dict[str, Any] | None = None
     teacher: str | None = None
     input_size: int | None = None
     false_reject_rate: float | None = None
@@ -155,9 +156,9 @@ class ProctorConfig(BaseSettings):
         return self
 
     def training_for(self, product: str) -> TrainingSettings:
-        """Return `[training]` with what `[products.NAME]` overrides."""
+        """Return `[training]` with what `[products.NAME]` overrides; another detector has its own options."""
         overrides = self.products.get(product, ProductSettings()).model_dump(exclude_none=True)
-        return TrainingSettings.model_validate(self.training.model_dump() | overrides)
+        return self.training.changed(overrides)
 
 
 def load_config(path: Path | None = None, home: Path | None = None) -> ProctorConfig:

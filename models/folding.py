@@ -14,7 +14,6 @@ import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-
 Network = TypeVar("Network", bound=nn.Module)
 
 

@@ -133,9 +133,9 @@ def test_options_are_recorded_and_nested_ones_checked():
     assert make_detector("fcl", detector.model_dump()) == detector
     with pytest.raises(ModelError, match=r"detector fcl, option 'snc.radius'.*found 9"):
         make_detector("fcl", {"snc": {"radius": 9}})
-    with pytest.raises(ModelError, match="detector fcl.*widht"):
+    with pytest.raises(ModelError, match=r"detector fcl.*widht"):
         make_detector("fcl", {"host_options": {"widht": 1}})
-    with pytest.raises(ModelError, match="'fusion.kind'"):
+    with pytest.raises(ModelError, match=r"'fusion.kind'"):
         make_detector("stfpm", {"fusion": {"kind": "median"}})
 
 

@@ -9,8 +9,8 @@ from models.detector import Pair
 from models.detectors import DETECTORS, make_detector
 from models.errors import ModelError
 from models.inference import pick_device
-from models.stfpm import STFPM
 from models.statistics import MapStatistics
+from models.stfpm import STFPM
 
 
 def pairs(*values: tuple[list, list]) -> tuple[Pair, ...]:

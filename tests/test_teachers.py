@@ -7,11 +7,11 @@ import torch
 from skimage import data
 from torch import nn
 
+from models.backbones import ResNetBackbone
 from models.errors import TeacherError
 from models.folding import fold_batchnorm
 from models.inference import prepare, to_input
 from models.preprocess import fit_to_input
-from models.backbones import ResNetBackbone
 from models.teachers import TEACHERS, load_classifier, load_teacher
 from models.weights import packaged_lite0, sha256_of
 

@@ -134,9 +134,8 @@ class Trainer:
         return self._stores.registry.publish(draft, trained.student)
 
     def _job_settings(self, job: Job) -> TrainingSettings:
-        merged = self._settings_of(job.product).model_dump() | job.overrides
         try:
-            settings = TrainingSettings.model_validate(merged)
+            settings = self._settings_of(job.product).changed(job.overrides)
         except ValidationError as error:
             first = error.errors()[0]
             raise JobError(f"training setting {'.'.join(map(str, first['loc']))}: {first['msg']}") from None

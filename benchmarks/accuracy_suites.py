@@ -1,0 +1,140 @@
+"""What `benchmarks.accuracy` trains and judges: suites of ways, each with its settings and its views.
+
+A view is another detector that judges by the same trained student, so that a choice which training does not see
+(fusion, smoothing, a neighbours' code in the map alone) costs no training of its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from models.settings import RECIPES, TrainingSettings
+
+TEACHERS = ("efficientnet_lite0", "resnet18")
+# One training for all: what a table compares is the method.
+_SAME = {"input_size": 128, "steps": 240, "batch_size": 8, "learning_rate": 3e-3, "schedule": "onecycle"}
+_NETWORK = {"width": 0.5, "hardest": 0.03}
+_CONTROL = {"fusion.smoothing": 4.0}
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way of training and judging.
+
+    Attributes:
+        suite: The table it belongs to.
+        name: Its row there.
+        settings: Of the training, without teacher, weights and seed.
+        views: Options of the detector that differ, dotted, by the view's name; '' is the detector as trained.
+        teachers: The teachers to try.
+        sets: The sets to try, None for all.
+    """
+
+    suite: str
+    name: str
+    settings: TrainingSettings
+    views: dict[str, dict[str, Any]] = field(default_factory=lambda: {"": {}})
+    teachers: tuple[str, ...] = TEACHERS
+    sets: tuple[str, ...] | None = None
+
+
+def suite(name: str) -> list[Way]:
+    """Return the ways of a suite: table, asymts, fcl, recommended or paper."""
+    return {"table": _table, "asymts": _asymts, "fcl": _fcl, "recommended": _recommended, "paper": _paper}[name]()
+
+
+SUITES = ("table", "asymts", "fcl", "recommended", "paper")
+
+
+def _same(detector: str, options: dict[str, Any], **changes: Any) -> TrainingSettings:
+    values = _SAME | {"detector": detector, "detector_options": options} | changes
+    return TrainingSettings.model_validate(values)
+
+
+def _table() -> list[Way]:
+    high = {"flattened": 0.1, "affinity": 0.1, "embedding": 0.1}
+    ways = {
+        "stfpm": ("stfpm", _NETWORK),
+        "asymts": ("asymts", _NETWORK),
+        "fcl on stfpm": ("fcl", {"host": "stfpm", "host_options": _NETWORK, "snc": {"form": "softmax"}, **high}),
+        "reverse": ("reverse", {"width": 0.5, "hardest": 0.1}),
+        "efficientad": ("efficientad", {"width": 0.5, "hard": 0.01}),
+        "fcl on dense reverse": ("fcl", RECIPES["accurate"].detector_options),
+    }
+    return [Way("table", name, _same(detector, options)) for name, (detector, options) in ways.items()]
+
+
+def _asymts() -> list[Way]:
+    """The three parts of AsymTS, each left out in turn; the fusion is left out by a view."""
+    one = ("efficientnet_lite0",)
+    product = {"": {}, "product fusion": {"fusion.kind": "product"}, "sum fusion": {"fusion.kind": "sum"}}
+    parts = {
+        "asymts": {},
+        "plain blocks": {"blocks": "plain"},
+        "no moving average": {"momentum": None},
+        "plain blocks, no moving average": {"blocks": "plain", "momentum": None},
+    }
+    return [
+        Way("asymts", name, _same("asymts", _NETWORK | changes), product, teachers=one)
+        for name, changes in parts.items()
+    ]
+
+
+def _fcl() -> list[Way]:
+    """SNC's forms in loss, map and both, radius 1 and 2, on three hosts; the control is plain smoothing."""
+    hosts = {
+        "stfpm": ("stfpm", {"width": 0.25, "hardest": 0.03}),
+        "asymts": ("asymts", {"width": 0.25, "hardest": 0.03}),
+        "reverse": ("reverse", {"width": 0.25, "hardest": 0.1, "scales": 2, "bottleneck": "dense"}),
+    }
+    off = {"flattened": 0.0, "affinity": 0.0, "embedding": 0.0}
+    ways = []
+    for host, (kind, options) in hosts.items():
+        base = {"host": kind, "host_options": options, **off}
+        none = {"form": "none"}
+        ways.append(Way("fcl", f"{host}: none", _fcl_settings(base | {"snc": none}), _map_views()))
+        high = base | {"snc": none} | dict.fromkeys(off, 0.1)
+        ways.append(Way("fcl", f"{host}: high-level", _fcl_settings(high), _map_views()))
+        for form in ("softmax", "relation", "masked"):
+            for radius in (1, 2):
+                snc = {"form": form, "radius": radius, "place": "both"}
+                views = {"both": {}, "loss": {"snc.place": "loss"}}
+                views["both, smoothed"] = _CONTROL
+                ways.append(Way("fcl", f"{host}: {form} r{radius}", _fcl_settings(base | {"snc": snc}), views))
+    return [
+        Way(way.suite, way.name, way.settings, way.views, ("efficientnet_lite0",), ("elpv_mono", "magtile"))
+        for way in ways
+    ]
+
+
+def _fcl_settings(options: dict[str, Any]) -> TrainingSettings:
+    return _same("fcl", options, steps=160)
+
+
+def _map_views() -> dict[str, dict[str, Any]]:
+    """Views of a student that was trained without neighbours' codes: the codes in the map, and the control."""
+    views: dict[str, dict[str, Any]] = {"none": {}}
+    for sigma in (2.0, 4.0, 6.0):
+        views[f"smoothed {sigma:g}"] = {"fusion.smoothing": sigma}
+    for form in ("softmax", "uniform", "relation"):
+        for radius in (1, 2):
+            code = {"snc.form": form, "snc.radius": radius, "snc.place": "map"}
+            views[f"map {form} r{radius}"] = code
+            views[f"map {form} r{radius}, smoothed 4"] = code | _CONTROL
+    return views
+
+
+def _recommended() -> list[Way]:
+    accurate = RECIPES["accurate"]
+    views: dict[str, dict[str, Any]] = {"": {}, "no code": {"snc.form": "none"}, "maximum": {"fusion.score": "max"}}
+    for sigma in (0.0, 8.0):
+        views[f"smoothed {sigma:g}"] = {"fusion.smoothing": sigma}
+    return [
+        Way("recommended", "accurate", accurate, views, ("efficientnet_lite0",)),
+        Way("recommended", "fast", RECIPES["fast"], {"": {}}, ("efficientnet_lite0",)),
+    ]
+
+
+def _paper() -> list[Way]:
+    return [Way("paper", "stfpm", RECIPES["paper"], {"": {}, "smoothed 4": _CONTROL}, ("resnet18",))]

@@ -1,0 +1,63 @@
+"""From the journal of `benchmarks.accuracy` to its document: means and spreads over seeds, per set and over sets."""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from typing import Any
+
+FIGURES = ("image_auroc", "average_precision", "pixel_auroc", "aupro_30", "aupro_5")
+
+
+def summarise(entries: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the document: one row for each suite, way, view and teacher.
+
+    A row has, per set and for the mean over the sets, each figure's mean over seeds and sample standard deviation in
+    per cent, and the number of seeds.
+
+    Args:
+        entries: Lines of the journal.
+    """
+    groups: dict[tuple[str, str, str, str], list[dict[str, Any]]] = defaultdict(list)
+    for entry in entries:
+        for view in entry["views"]:
+            groups[entry["suite"], entry["way"], view, entry["teacher"]].append(entry)
+    rows = [_row(key, members) for key, members in groups.items()]
+    settings = {f"{entry['suite']}/{entry['way']}": entry["settings"] for entry in entries}
+    return {"benchmark": "accuracy", "unit": "per cent, mean and spread over seeds", "rows": rows, "settings": settings}
+
+
+def _row(key: tuple[str, str, str, str], members: list[dict[str, Any]]) -> dict[str, Any]:
+    suite, way, view, teacher = key
+    sets = sorted({entry["set"] for entry in members})
+    row: dict[str, Any] = {"suite": suite, "way": way, "view": view, "teacher": teacher, "sets": {}}
+    for name in sets:
+        of_set = [entry for entry in members if entry["set"] == name]
+        row["sets"][name] = {
+            "seeds": len(of_set),
+            "train_images": of_set[0]["train_images"],
+            "train_seconds": round(statistics.mean(entry["train_seconds"] for entry in of_set), 1),
+            **_spread([entry["views"][view] for entry in of_set]),
+        }
+    seeds = sorted({entry["seed"] for entry in members})
+    by_seed = [[entry["views"][view] for entry in members if entry["seed"] == seed] for seed in seeds]
+    whole = [of_seed for of_seed in by_seed if len(of_seed) == len(sets)]
+    row["mean"] = {"seeds": len(whole), **_spread([_mean_of(of_seed) for of_seed in whole])} if whole else None
+    row["parameters"] = members[0]["parameters"]
+    return row
+
+
+def _mean_of(of_seed: list[dict[str, float | None]]) -> dict[str, float]:
+    """Return each figure's mean over the sets that have it."""
+    found = {figure: [each[figure] for each in of_seed if each.get(figure) is not None] for figure in FIGURES}
+    return {figure: statistics.mean(v for v in values if v is not None) for figure, values in found.items() if values}
+
+
+def _spread(views: list[Any]) -> dict[str, list[float]]:
+    result = {}
+    for figure in FIGURES:
+        values = [view[figure] * 100 for view in views if view.get(figure) is not None]
+        if values:
+            spread = statistics.stdev(values) if len(values) > 1 else 0.0
+            result[figure] = [round(statistics.mean(values), 2), round(spread, 2)]
+    return result
