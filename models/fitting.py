@@ -113,10 +113,11 @@ class Fit:
     def _batches(self) -> Iterator[Tensor]:
         """Yield (B,) int64 indices for each step, from one shuffled pass over the images after the other."""
         generator = torch.Generator().manual_seed(self.settings.seed)
-        size = min(self.settings.batch_size, len(self.normals))
+        # Two at least, if need be the same one twice: a batch normalisation over a single value is undefined.
+        size = max(2, min(self.settings.batch_size, len(self.normals)))
         order = torch.empty(0, dtype=torch.long)
         for _ in range(self.settings.steps):
-            if len(order) < size:
+            while len(order) < size:
                 order = torch.cat([order, torch.randperm(len(self.normals), generator=generator)])
             yield order[:size]
             order = order[size:]
