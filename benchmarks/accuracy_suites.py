@@ -13,8 +13,8 @@ from models.settings import RECIPES, TrainingSettings
 
 TEACHERS = ("efficientnet_lite0", "resnet18")
 # One training for all: what a table compares is the method.
-_SAME = {"input_size": 128, "steps": 240, "batch_size": 8, "learning_rate": 3e-3, "schedule": "onecycle"}
-_NETWORK = {"width": 0.5, "hardest": 0.03}
+_SAME = {"input_size": 128, "steps": 200, "batch_size": 8, "learning_rate": 3e-3, "schedule": "onecycle"}
+_NETWORK = {"width": 0.25, "hardest": 0.03}
 _CONTROL = {"fusion.smoothing": 4.0}
 
 
@@ -58,8 +58,8 @@ def _table() -> list[Way]:
         "stfpm": ("stfpm", _NETWORK),
         "asymts": ("asymts", _NETWORK),
         "fcl on stfpm": ("fcl", {"host": "stfpm", "host_options": _NETWORK, "snc": {"form": "softmax"}, **high}),
-        "reverse": ("reverse", {"width": 0.5, "hardest": 0.1}),
-        "efficientad": ("efficientad", {"width": 0.5, "hard": 0.01}),
+        "reverse": ("reverse", {"width": 0.25, "hardest": 0.1}),
+        "efficientad": ("efficientad", {"width": 0.25, "hard": 0.01}),
         "fcl on dense reverse": ("fcl", RECIPES["accurate"].detector_options),
     }
     return [Way("table", name, _same(detector, options)) for name, (detector, options) in ways.items()]
@@ -84,8 +84,8 @@ def _asymts() -> list[Way]:
 def _fcl() -> list[Way]:
     """SNC's forms in loss, map and both, radius 1 and 2, on three hosts; the control is plain smoothing."""
     hosts = {
-        "stfpm": ("stfpm", {"width": 0.25, "hardest": 0.03}),
-        "asymts": ("asymts", {"width": 0.25, "hardest": 0.03}),
+        "stfpm": ("stfpm", _NETWORK),
+        "asymts": ("asymts", _NETWORK),
         "reverse": ("reverse", {"width": 0.25, "hardest": 0.1, "scales": 2, "bottleneck": "dense"}),
     }
     off = {"flattened": 0.0, "affinity": 0.0, "embedding": 0.0}
@@ -109,7 +109,7 @@ def _fcl() -> list[Way]:
 
 
 def _fcl_settings(options: dict[str, Any]) -> TrainingSettings:
-    return _same("fcl", options, steps=160)
+    return _same("fcl", options)
 
 
 def _map_views() -> dict[str, dict[str, Any]]:

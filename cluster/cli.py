@@ -182,6 +182,7 @@ def train(
     images: Annotated[
         list[Path] | None, typer.Option(help="Folder of normal images; else those of the version in service.")
     ] = None,
+    recipe: Annotated[str | None, typer.Option(help="fast, accurate or paper, if not as configured.")] = None,
     detector: Annotated[str | None, typer.Option(help="Detector, if not the configured one.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Training steps, if not as configured.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Seed, if not the configured one.")] = None,
@@ -196,11 +197,15 @@ def train(
     from cluster.connection import connect
     from cluster.run_state import redis_url_of
     from cluster.training import await_service, new_job, wait_for
+    from models.settings import recipe_changes
     from workers.jobs import Jobs
 
     config = _common.load()
     chosen = {"detector": detector, "steps": steps, "seed": seed}
-    job = new_job(config, product, images or [], {name: value for name, value in chosen.items() if value is not None})
+    overrides = (recipe_changes(recipe) if recipe else {}) | {k: v for k, v in chosen.items() if v is not None}
+    if detector is not None:
+        overrides.pop("detector_options", None)  # they are those of the recipe's own detector
+    job = new_job(config, product, images or [], overrides)
     server = connect(redis_url_of(config))
     jobs = Jobs(server)
     job = jobs.submit(job.model_copy(update={"promote": promote, "fresh": fresh, "creator": _user()}))
@@ -343,7 +348,7 @@ def evaluate(
     ] = None,
     teacher: Annotated[str | None, typer.Option(help="Teacher, if not the recipe's.")] = None,
     weights: Annotated[Path | None, typer.Option(help="The teacher's local weights file.")] = None,
-    recipe: Annotated[str, typer.Option(help="fast, or paper: STFPM as published.")] = "fast",
+    recipe: Annotated[str, typer.Option(help="fast; accurate; or paper: STFPM as published.")] = "fast",
     steps: Annotated[int | None, typer.Option(min=1)] = None,
     input_size: Annotated[int | None, typer.Option(min=64)] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Trainings per set, seeds 0, 1, ...")] = 1,

@@ -22,7 +22,9 @@ def local_aggregation(values: Tensor, weights: Tensor) -> Tensor:
     Returns:
         (B, C, h, w); outside of the image values are 0.
     """
-    return _LocalAggregation.apply(values, weights)
+    out = _LocalAggregation.apply(values, weights)
+    # The shifts run along rows of one channel; the layers around them work on channels of one position.
+    return out.contiguous(memory_format=torch.channels_last)
 
 
 class _LocalAggregation(torch.autograd.Function):
@@ -51,7 +53,7 @@ def aggregate(values: Tensor, weights: Tensor) -> Tensor:
 def aggregate_backward(gradient: Tensor, values: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """Return the gradients with respect to values and weights."""
     grouped, kernels, padded = _parts(values, weights)
-    gradient = gradient.reshape(grouped.shape)
+    gradient = gradient.contiguous().view(grouped.shape)
     to_padded = torch.zeros_like(padded)
     to_kernels = torch.empty_like(kernels)
     windows = zip(_shifts(padded, values.shape), _shifts(to_padded, values.shape), strict=True)

@@ -55,8 +55,8 @@ class ContextualTransformer(nn.Module):
         dynamic = self.settle(local_aggregation(self.value(features), weights))
         pooled = (static + dynamic).mean(dim=(2, 3), keepdim=True)
         logits = self.gate(pooled).unflatten(1, (2, features.shape[1]))
-        share = logits.softmax(dim=1)
-        return static * share[:, 0] + dynamic * share[:, 1]
+        # Of two shares that sum to 1 one is enough: static * (1 - share) + dynamic * share.
+        return torch.lerp(static, dynamic, logits.softmax(dim=1)[:, 1].to(static.dtype))
 
 
 class ContextualBlock(BasicBlock):

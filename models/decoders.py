@@ -14,7 +14,7 @@ GRID = 4
 
 
 class ConvolutionalBottleneck(nn.Module):
-    """RD4AD's bottleneck: multi-scale feature fusion, then one residual stage down to stride 32.
+    """After RD4AD: the scales are fused at stride 16, then embedded at stride 32, here by plain convolutions.
 
     Args:
         channels: The teacher's channels at strides 4, 8 and 16.

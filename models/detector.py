@@ -9,10 +9,10 @@ Training, calibration, engine, registry and evaluation go through this interface
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, field_validator
 from torch import Tensor, nn
 
 from models.fusion import MapFusion
@@ -100,6 +100,12 @@ class Detector(BaseModel, ABC):
 
     name: ClassVar[str]
     fusion: MapFusion = MapFusion()
+
+    @field_validator("fusion", mode="before")
+    @classmethod
+    def _rest_of_the_fusion_is_the_methods_own(cls, value: Any) -> Any:
+        """Let options that name a part of the fusion change just that part."""
+        return cls.model_fields["fusion"].default.model_dump() | value if isinstance(value, dict) else value
 
     @abstractmethod
     def build_student(self, teacher: Teacher) -> Student:

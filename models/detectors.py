@@ -6,6 +6,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from models.associative import Associative
 from models.asymts import AsymTS
 from models.detector import Detector
 from models.efficientad import EfficientAD
@@ -16,7 +17,9 @@ from models.stfpm import STFPM
 
 __all__ = ["DETECTORS", "Detector", "make_detector"]
 
-DETECTORS: dict[str, type[Detector]] = {each.name: each for each in (STFPM, AsymTS, FCL, Reverse, EfficientAD)}
+DETECTORS: dict[str, type[Detector]] = {
+    each.name: each for each in (STFPM, AsymTS, FCL, Reverse, EfficientAD, Associative)
+}
 
 
 def make_detector(name: str, options: dict[str, Any] | None = None) -> Detector:

@@ -52,6 +52,8 @@ class FCL(Detector):
     @model_validator(mode="after")
     def _host_can_be_made(self) -> FCL:
         HOSTS[self.host].model_validate(self.host_options)
+        if self.snc.form == "masked" and not self.snc.in_loss:
+            raise ValueError("snc.form 'masked' has predictors to train: snc.place must be 'loss' or 'both'")
         return self
 
     @cached_property
@@ -94,9 +96,10 @@ class FCL(Detector):
     def _high_level(self, pairs: Pairs) -> Tensor:
         total = pairs[0].prediction.new_zeros((), dtype=torch.float32)
         for pair in pairs:
-            theirs, own = unit(pair.target), unit(pair.prediction)
             if self.flattened:
-                total = total + self.flattened * (1 - F.cosine_similarity(theirs.flatten(1), own.flatten(1))).mean()
+                # Not normalised at each position: strong features weigh more, unlike in the low-level distance.
+                theirs, own = (features.float().flatten(1) for features in pair)
+                total = total + self.flattened * (1 - F.cosine_similarity(theirs, own)).mean()
             if self.affinity:
                 total = total + self.affinity * (affinity(pair.target) - affinity(pair.prediction)).square().mean()
             if self.embedding:

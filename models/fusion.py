@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 from torch.nn import functional as F
 
+from models.errors import ModelError
 from models.statistics import MapStatistics
+
+_SMALLEST = 1e-12
 
 
 class MapFusion(BaseModel):
@@ -19,8 +22,9 @@ class MapFusion(BaseModel):
         kind: 'product' multiplies the maps (STFPM, equation 5); 'sum' adds them; 'weighted' adds them by `weights`;
             'normalised' adds them after each was divided by its scale on validation normals; 'quantile' adds them
             after each was mapped so that the 0.9 and 0.995 quantiles of its values on validation normals become 0
-            and 0.1 (EfficientAD, section 3.4), values below count as 0.
-        weights: One for each map, for 'weighted'.
+            and 0.1 (EfficientAD, section 3.4), values below count as 0; 'geometric' is the geometric mean of the
+            'normalised' maps, each counted `weights` times.
+        weights: One for each map, for 'weighted' and 'geometric'; none counts all alike.
         smoothing: Standard deviation of the Gaussian that smooths the anomaly map, in pixels of the network's
             input; 0 leaves it as it is.
         score: 'max' takes an anomaly map's largest value, 'top' the mean of its largest.
@@ -29,11 +33,20 @@ class MapFusion(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    kind: Literal["product", "sum", "weighted", "normalised", "quantile"] = "product"
-    weights: tuple[float, ...] = ()
+    kind: Literal["product", "sum", "weighted", "normalised", "quantile", "geometric"] = "product"
+    weights: tuple[Annotated[float, Field(ge=0)], ...] = ()
     smoothing: float = Field(default=0.0, ge=0, le=32)
     score: Literal["max", "top"] = "max"
     top: float = Field(default=0.01, gt=0, le=1)
+
+    def check(self, maps: int) -> None:
+        """Refuse weights for another number of maps, or that are all 0.
+
+        Raises:
+            ModelError: As said.
+        """
+        if self.weights and (len(self.weights) != maps or not any(self.weights)):
+            raise ModelError(f"fusion.weights: {maps} maps need as many weights, not all 0; found {self.weights}")
 
     def fuse(self, maps: tuple[Tensor, ...], size: int, statistics: MapStatistics) -> Tensor:
         """Join the maps.
@@ -47,22 +60,26 @@ class MapFusion(BaseModel):
             (B, size, size) float32 anomaly maps, >= 0.
 
         Raises:
-            ValueError: 'weighted' has not one weight for each map.
+            ModelError: There are weights, but not one for each map.
         """
-        if self.kind == "weighted" and len(self.weights) != len(maps):
-            raise ValueError(f"fusion.weights: {len(maps)} maps need as many weights, found {len(self.weights)}")
+        self.check(len(maps))
         # Each map is scaled at its own resolution, where it is smallest; upsampling is linear, so the order is free.
-        scaled = [self._scaled(index, each, statistics) for index, each in enumerate(maps)]
-        fused = _upsampled(scaled[0], size)
-        for each in scaled[1:]:
-            upsampled = _upsampled(each, size)
-            fused = fused * upsampled if self.kind == "product" else fused + upsampled
+        scaled = [_upsampled(self._scaled(index, each, statistics), size) for index, each in enumerate(maps)]
+        fused = self._geometric(scaled) if self.kind == "geometric" else scaled[0]
+        for each in scaled[1:] if self.kind != "geometric" else ():
+            fused = fused * each if self.kind == "product" else fused + each
         return smoothed(fused, self.smoothing) if self.smoothing else fused
 
+    def _geometric(self, maps: list[Tensor]) -> Tensor:
+        weights = self.weights or (1.0,) * len(maps)
+        # Weights may be 0, so maps are kept from it: their logarithm times 0 must be 0.
+        logs = [weight * each.clamp_min(_SMALLEST).log() for weight, each in zip(weights, maps, strict=True)]
+        return torch.stack(logs).sum(0).div(sum(weights)).exp()
+
     def _scaled(self, index: int, each: Tensor, statistics: MapStatistics) -> Tensor:
-        if self.kind == "weighted":
+        if self.kind == "weighted" and self.weights:
             return each * self.weights[index]
-        if self.kind == "normalised":
+        if self.kind in ("normalised", "geometric"):
             return each / statistics.scale[index]
         if self.kind == "quantile":
             low, high = statistics.quantiles[index]

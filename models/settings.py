@@ -1,4 +1,4 @@
-"""How a student is trained: the settings, and the two recipes they come in."""
+"""How a student is trained: the settings, and the recipes they come in."""
 
 from __future__ import annotations
 
@@ -71,7 +71,8 @@ class TrainingSettings(BaseModel):
     def changed(self, changes: Mapping[str, Any]) -> TrainingSettings:
         """Return these settings with some of them changed, and checked.
 
-        Options belong to one detector: where another is chosen without any, it has its own defaults.
+        Options belong to one detector, and a weights file to one teacher: where another is chosen without any, it has
+        its own defaults.
 
         Raises:
             pydantic.ValidationError: A change is no setting or out of range.
@@ -79,6 +80,8 @@ class TrainingSettings(BaseModel):
         merged = self.model_dump() | dict(changes)
         if merged["detector"] != self.detector and "detector_options" not in changes:
             merged["detector_options"] = {}
+        if merged["teacher"] != self.teacher and "weights" not in changes:
+            merged["weights"] = None
         return TrainingSettings.model_validate(merged)
 
 
@@ -119,6 +122,19 @@ RECIPES: dict[str, TrainingSettings] = {
         holdout=0.2,
     ),
 }
+
+
+# What belongs to a machine, a product or a single training rather than to a way of training.
+_NOT_OF_A_RECIPE = frozenset({"weights", "device", "threads", "cache_bytes", "false_reject_rate", "seed"})
+
+
+def recipe_changes(name: str) -> dict[str, Any]:
+    """Return what a recipe changes in a product's settings.
+
+    Raises:
+        ModelError: No such recipe.
+    """
+    return recipe(name).model_dump(exclude=set(_NOT_OF_A_RECIPE))
 
 
 def recipe(name: str) -> TrainingSettings:

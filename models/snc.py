@@ -23,9 +23,10 @@ class SNC(BaseModel):
     """How neighbours are coded, and where the code counts.
 
     Attributes:
-        form: 'none'; 'softmax' and 'uniform' add the mean of the neighbours to each element, weighted by their
-            cosine to it or alike; 'relation' compares the cosines to the neighbours as distributions; 'masked'
-            predicts the teacher's element from the student's neighbours, without the element itself.
+        form: 'none'; 'softmax' adds to each element the mean of its neighbours weighted by their cosine to it,
+            'uniform' the plain mean of its whole square; 'relation' compares the cosines to the neighbours as
+            distributions; 'masked' predicts the teacher's element from the student's neighbours, without the element
+            itself.
         radius: Neighbours lie in a square of side 2 * radius + 1.
         place: Whether the code enters the training's 'loss', the 'map', or 'both'.
         temperature: Of the softmax over cosines.

@@ -164,6 +164,7 @@ def _new_student(detector: Detector, teacher: Teacher, seed: int, start_from: Ma
     with torch.random.fork_rng(devices=[]):
         torch.random.default_generator.manual_seed(seed)
         student = detector.build_student(teacher)
+    detector.fusion.check(len(student.statistics.scale))
     if start_from is not None:
         try:
             student.load_state_dict(start_from)

@@ -85,4 +85,6 @@ def test_another_detector_starts_from_its_own_options():
     assert tuned.changed({"steps": 7}).detector_options == {"width": 0.25}
     assert tuned.changed({"detector": "stfpm"}).detector_options == {"width": 0.25}
     assert tuned.changed({"detector": "efficientad"}).detector_options == {}
-    assert tuned.changed({"detector": "efficientad", "detector_options": {"hard": 0.5}}).detector_options == {"hard": 0.5}
+    assert tuned.changed({"detector": "efficientad", "detector_options": {"hard": 0.5}}).detector_options == {
+        "hard": 0.5
+    }

@@ -5,6 +5,8 @@ import torch
 from torch.nn import functional as F
 
 from models.detector import Pair
+from models.detectors import make_detector
+from models.errors import ModelError
 from models.fcl import FCL, affinity
 from models.snc import SNC, MaskedCentre
 from models.stfpm import STFPM
@@ -88,9 +90,24 @@ def test_without_coding_and_high_level_it_is_its_host():
         assert torch.equal(own, theirs)
 
 
-@pytest.mark.parametrize("form", ["softmax", "uniform", "relation", "masked"])
+def test_predictors_of_masked_centres_must_be_trained():
+    with pytest.raises(ModelError, match=r"snc.form 'masked' has predictors to train"):
+        make_detector("fcl", {"snc": {"form": "masked", "place": "map"}})
+
+
+def test_masked_centres_count_in_loss_and_map():
+    pairs = (random_pair(0), random_pair(1))
+    loss, both = (FCL(snc=SNC(form="masked", place=place)) for place in ("loss", "both"))
+    host = FCL(snc=SNC(form="none"))
+    added = STFPM().loss(pairs[1:])
+    assert float(loss.loss(pairs)) == pytest.approx(float(host.loss(pairs[:1]) + added), rel=1e-5)
+    assert len(loss.scale_maps(pairs)) == 1
+    assert torch.equal(both.scale_maps(pairs)[1], STFPM().scale_maps(pairs[1:])[0])
+
+
+@pytest.mark.parametrize("form", ["softmax", "uniform", "relation"])
 def test_place_decides_where_the_code_counts(form):
-    pairs = (random_pair(0),) if form != "masked" else (random_pair(0), random_pair(1))
+    pairs = (random_pair(0),)
     none = FCL(snc=SNC(form="none"))
     loss, where, both = (FCL(snc=SNC(form=form, place=place)) for place in ("loss", "map", "both"))
     assert float(loss.loss(pairs)) == float(both.loss(pairs)) != pytest.approx(float(none.loss(pairs[:1])))

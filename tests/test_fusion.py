@@ -3,8 +3,12 @@ import numpy as np
 import pytest
 import torch
 
+from models.detectors import make_detector
+from models.errors import ModelError
 from models.fusion import MapFusion, smoothed
+from models.settings import TrainingSettings
 from models.statistics import MapStatistics, MovingAverage
+from models.training import train
 
 FLAT = torch.full((1, 2, 2), 0.5)
 RAMP = torch.tensor([[[0.0, 4.0]]]).expand(1, 2, 2)
@@ -27,6 +31,10 @@ def statistics(scales=(1.0, 1.0), quantiles=((0.0, 1.0), (0.0, 1.0))) -> MapStat
         (MapFusion(kind="weighted", weights=(2, 3)), RAMP_AT_4 * 3 + 1.0),
         # 0.5 / 0.25 and ramp / 2
         (MapFusion(kind="normalised"), RAMP_AT_4 / 2 + 2.0),
+        # The square root of 0.5 / 0.25 times ramp / 2
+        (MapFusion(kind="geometric"), RAMP_AT_4.sqrt()),
+        # (2 * (ramp / 2)^3)^(1/4)
+        (MapFusion(kind="geometric", weights=(1, 3)), (2 * (RAMP_AT_4 / 2) ** 3) ** 0.25),
         # 0.1 * (0.5 - 0) / (1 - 0), and 0.1 * (ramp - 2) / (4 - 2) where that is positive, before upsampling:
         # the coarse map is [0, 0.1] a row
         (MapFusion(kind="quantile"), RAMP_AT_4 / 4 * 0.1 + 0.05),
@@ -39,9 +47,29 @@ def test_maps_are_joined(fusion, expected):
     assert fused.dtype == torch.float32
 
 
-def test_every_map_needs_its_weight():
-    with pytest.raises(ValueError, match="2 maps need as many weights, found 1"):
-        MapFusion(kind="weighted", weights=(1,)).fuse((FLAT, RAMP), 4, statistics())
+@pytest.mark.parametrize("weights", [(1,), (1, 2, 3), (0, 0)])
+@pytest.mark.parametrize("kind", ["weighted", "geometric"])
+def test_every_map_needs_its_weight(kind, weights):
+    with pytest.raises(ModelError, match="2 maps need as many weights, not all 0"):
+        MapFusion(kind=kind, weights=weights).fuse((FLAT, RAMP), 4, statistics())
+
+
+def test_a_map_of_weight_0_counts_for_nothing():
+    alone = MapFusion(kind="geometric").fuse((RAMP,), 4, statistics((2.0,), ((0.0, 1.0),)))
+    both = MapFusion(kind="geometric", weights=(0, 5)).fuse((FLAT * 0, RAMP), 4, statistics((1.0, 2.0)))
+    torch.testing.assert_close(both, alone)
+    assert torch.isfinite(both).all()
+
+
+def test_naming_a_part_of_the_fusion_leaves_the_rest_to_the_method():
+    detector = make_detector("reverse", {"fusion": {"smoothing": 1.0}})
+    assert (detector.fusion.kind, detector.fusion.smoothing) == ("sum", 1.0)
+
+
+def test_a_training_refuses_weights_before_it_begins():
+    settings = TrainingSettings(detector_options={"fusion": {"kind": "weighted", "weights": [1]}}, input_size=64)
+    with pytest.raises(ModelError, match="3 maps need as many weights"):
+        train(np.zeros((2, 64, 64, 3), np.uint8), settings, progress=lambda *step: pytest.fail("it began"))
 
 
 def test_scores():

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 
+from models.detectors import make_detector
 from models.errors import ModelError, TrainingDataError, TrainingStoppedError, VersionError
 from models.evaluation import judge
 from models.features import TeacherFeatures
@@ -13,7 +14,7 @@ from models.images import TrainingImage, list_images, read_training_images
 from models.inference import prepare
 from models.metrics import image_auroc, pixel_auroc
 from models.registry import Registry
-from models.settings import RECIPES, TrainingSettings, recipe
+from models.settings import RECIPES, TrainingSettings, recipe, recipe_changes
 from models.teachers import load_teacher
 from models.training import train
 from models.versions import draft_card, restore
@@ -196,6 +197,16 @@ def test_version_round_trip_judges_alike(trained, labelled, tmp_path):
     state.pop("network.conv1.weight")
     with pytest.raises(VersionError, match="does not fit"):
         restore(loaded, state, teacher)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_products_settings_take_a_recipe_and_keep_what_is_the_products(name):
+    own = TrainingSettings(detector="efficientad", false_reject_rate=0.2, threads=1, seed=5, device="cpu")
+    changed = own.changed(recipe_changes(name))
+    kept = {"weights", "device", "threads", "cache_bytes", "false_reject_rate", "seed"}
+    assert changed.model_dump(exclude=kept) == recipe(name).model_dump(exclude=kept)
+    assert changed.model_dump(include=kept) == own.model_dump(include=kept)
+    make_detector(changed.detector, changed.detector_options)
 
 
 def test_recipes():
