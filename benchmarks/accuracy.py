@@ -50,7 +50,8 @@ def main() -> None:
     parser.add_argument("--journal", type=Path, required=True, help="a line of JSON for each training")
     parser.add_argument("--json", type=Path, help="where the document goes; else standard output")
     options = parser.parse_args()
-    tasks = [task for task in _tasks(options) if _key(task) not in _done(options.journal)]
+    done = {_key_of(entry) for entry in _entries(options.journal)}
+    tasks = [task for task in _tasks(options) if _key(task) not in done]
     started = time.perf_counter()
     context = multiprocessing.get_context("spawn")
     with context.Pool(options.workers, initializer=_one_thread, initargs=(options.workers,)) as pool:
@@ -64,7 +65,7 @@ def main() -> None:
                 f"{entry['set']}, seed {entry['seed']}: image AUROC {first['image_auroc'] * 100:.2f} %",
                 flush=True,
             )
-    document = summarise(_entries(options.journal)) | {"machine": describe_machine()}
+    document = summarise(_current(_entries(options.journal))) | {"machine": describe_machine()}
     text = json.dumps(document, indent=1) + "\n"
     if options.json:
         options.json.write_text(text)
@@ -85,17 +86,23 @@ def _tasks(options: argparse.Namespace) -> Iterator[tuple[Way, str, InspectionSe
                         yield way, teacher, each, seed, weights
 
 
-def _key(task: tuple[Way, str, InspectionSet, int, str | None]) -> tuple[str, str, str, str, int]:
+def _key(task: tuple[Way, str, InspectionSet, int, str | None]) -> tuple[Any, ...]:
     way, teacher, each, seed, _ = task
-    return way.suite, way.name, teacher, each.name, seed
+    return way.suite, way.name, teacher, each.name, seed, way.fingerprint
+
+
+def _key_of(entry: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(entry[name] for name in ("suite", "way", "teacher", "set", "seed", "fingerprint"))
+
+
+def _current(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Leave out lines of ways that have changed since."""
+    known = {(way.suite, way.name, way.fingerprint) for name in SUITES for way in suite(name)}
+    return [each for each in entries if (each["suite"], each["way"], each["fingerprint"]) in known]
 
 
 def _entries(journal: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in journal.read_text().splitlines()] if journal.exists() else []
-
-
-def _done(journal: Path) -> set[tuple[str, str, str, str, int]]:
-    return {(each["suite"], each["way"], each["teacher"], each["set"], each["seed"]) for each in _entries(journal)}
 
 
 def _one_thread(workers: int) -> None:
@@ -103,9 +110,19 @@ def _one_thread(workers: int) -> None:
         torch.set_num_threads(1)
 
 
-@functools.lru_cache(maxsize=2)
-def _images(folder: str, size: int) -> tuple[InspectionSet, np.ndarray, np.ndarray]:
-    (each,) = find_sets(folder)
+_read: dict[tuple[str, int], tuple[InspectionSet, np.ndarray, np.ndarray]] = {}
+
+
+def _images(each: InspectionSet, size: int) -> tuple[InspectionSet, np.ndarray, np.ndarray]:
+    """Return a set with its normal and its test images; the last one read is kept."""
+    key = (each.name, size)
+    if key not in _read:
+        _read.clear()
+        _read[key] = _read_set(each, size)
+    return _read[key]
+
+
+def _read_set(each: InspectionSet, size: int) -> tuple[InspectionSet, np.ndarray, np.ndarray]:
     normals, _ = read_training_images(each.train, size)
     tested, _ = read_training_images([image.path for image in each.test], size)
     return each, normals, tested
@@ -119,11 +136,10 @@ def _teacher(name: str, weights: str | None) -> Teacher:
 def _run(task: tuple[Way, str, InspectionSet, int, str | None]) -> dict[str, Any]:
     """Train once and judge by every view; a line of the journal."""
     way, teacher_name, described, seed, weights = task
-    folder = str(described.train[0].parents[2])
     settings = way.settings.model_copy(
         update={"teacher": teacher_name, "seed": seed, "threads": torch.get_num_threads()}
     )
-    each, normals, tested = _images(folder, settings.input_size)
+    each, normals, tested = _images(described, settings.input_size)
     teacher = _teacher(teacher_name, weights)
     trained = train(normals, settings, teacher=teacher)
     _, held_out = split_holdout(normals, settings.holdout)
@@ -132,6 +148,7 @@ def _run(task: tuple[Way, str, InspectionSet, int, str | None]) -> dict[str, Any
     return {
         "suite": way.suite,
         "way": way.name,
+        "fingerprint": way.fingerprint,
         "teacher": teacher_name,
         "set": each.name,
         "seed": seed,

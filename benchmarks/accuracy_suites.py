@@ -6,6 +6,8 @@ A view is another detector that judges by the same trained student, so that a ch
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,8 +15,9 @@ from models.settings import RECIPES, TrainingSettings
 
 TEACHERS = ("efficientnet_lite0", "resnet18")
 # One training for all: what a table compares is the method.
-_SAME = {"input_size": 128, "steps": 200, "batch_size": 8, "learning_rate": 3e-3, "schedule": "onecycle"}
+_SAME = {"input_size": 128, "steps": 150, "batch_size": 8, "learning_rate": 3e-3, "schedule": "onecycle"}
 _NETWORK = {"width": 0.25, "hardest": 0.03}
+_DENSE = {"width": 0.5, "bottleneck": "dense", "scales": 2, "fusion": {"kind": "normalised", "score": "top"}}
 _CONTROL = {"fusion.smoothing": 4.0}
 
 
@@ -38,6 +41,12 @@ class Way:
     teachers: tuple[str, ...] = TEACHERS
     sets: tuple[str, ...] | None = None
 
+    @property
+    def fingerprint(self) -> str:
+        """Return what tells this way's journal lines from those of another one under its name."""
+        text = json.dumps([self.settings.model_dump(mode="json"), self.views], sort_keys=True, default=list)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
 
 def suite(name: str) -> list[Way]:
     """Return the ways of a suite: table, asymts, fcl, recommended or paper."""
@@ -60,7 +69,8 @@ def _table() -> list[Way]:
         "fcl on stfpm": ("fcl", {"host": "stfpm", "host_options": _NETWORK, "snc": {"form": "softmax"}, **high}),
         "reverse": ("reverse", {"width": 0.25, "hardest": 0.1}),
         "efficientad": ("efficientad", {"width": 0.25, "hard": 0.01}),
-        "fcl on dense reverse": ("fcl", RECIPES["accurate"].detector_options),
+        "reverse, dense": ("reverse", _DENSE),
+        "associative": ("associative", {"width": 0.25, "hardest": 0.03}),
     }
     return [Way("table", name, _same(detector, options)) for name, (detector, options) in ways.items()]
 
@@ -102,10 +112,7 @@ def _fcl() -> list[Way]:
                 views = {"both": {}, "loss": {"snc.place": "loss"}}
                 views["both, smoothed"] = _CONTROL
                 ways.append(Way("fcl", f"{host}: {form} r{radius}", _fcl_settings(base | {"snc": snc}), views))
-    return [
-        Way(way.suite, way.name, way.settings, way.views, ("efficientnet_lite0",), ("elpv_mono", "magtile"))
-        for way in ways
-    ]
+    return [Way(way.suite, way.name, way.settings, way.views, ("efficientnet_lite0",), ("magtile",)) for way in ways]
 
 
 def _fcl_settings(options: dict[str, Any]) -> TrainingSettings:
@@ -126,13 +133,33 @@ def _map_views() -> dict[str, dict[str, Any]]:
 
 
 def _recommended() -> list[Way]:
-    accurate = RECIPES["accurate"]
-    views: dict[str, dict[str, Any]] = {"": {}, "no code": {"snc.form": "none"}, "maximum": {"fusion.score": "max"}}
-    for sigma in (0.0, 8.0):
-        views[f"smoothed {sigma:g}"] = {"fusion.smoothing": sigma}
+    """The recipes, with their parts and choices as views; what else was tried for them."""
+    one = ("efficientnet_lite0",)
+    views: dict[str, dict[str, Any]] = {
+        "": {},
+        "network alone": {"fusion.weights": (1, 1, 1, 0)},
+        "memory alone": {"fusion.weights": (0, 0, 0, 1)},
+        "memory counts 3": {"fusion.weights": (1, 1, 1, 3)},
+        "maximum": {"fusion.score": "max"},
+        "smoothed 4": _CONTROL,
+    }
+    options = {"width": 0.5, "hardest": 0.03}
+    small = TrainingSettings(detector="associative", detector_options=options)
+    dense = TrainingSettings.model_validate(
+        {"detector": "reverse", "detector_options": _DENSE, "input_size": 128, "learning_rate": 2e-3}
+        | {"steps": 1000, "batch_size": 16}
+    )
     return [
-        Way("recommended", "accurate", accurate, views, ("efficientnet_lite0",)),
-        Way("recommended", "fast", RECIPES["fast"], {"": {}}, ("efficientnet_lite0",)),
+        Way("recommended", "accurate", RECIPES["accurate"], views, ("resnet18",)),
+        Way(
+            "recommended",
+            "associative, 128",
+            small,
+            views,
+            one,
+        ),
+        Way("recommended", "reverse dense, 128", dense, {"": {}, "maximum": {"fusion.score": "max"}}, one),
+        Way("recommended", "stfpm, 128", TrainingSettings(detector="stfpm", detector_options=options), {"": {}}, one),
     ]
 
 

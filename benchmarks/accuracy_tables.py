@@ -53,11 +53,11 @@ def _mean_of(of_seed: list[dict[str, float | None]]) -> dict[str, float]:
     return {figure: statistics.mean(v for v in values if v is not None) for figure, values in found.items() if values}
 
 
-def _spread(views: list[Any]) -> dict[str, list[float]]:
-    result = {}
+def _spread(views: list[Any]) -> dict[str, list[float | None]]:
+    result: dict[str, list[float | None]] = {}
     for figure in FIGURES:
         values = [view[figure] * 100 for view in views if view.get(figure) is not None]
         if values:
-            spread = statistics.stdev(values) if len(values) > 1 else 0.0
-            result[figure] = [round(statistics.mean(values), 2), round(spread, 2)]
+            spread = round(statistics.stdev(values), 2) if len(values) > 1 else None
+            result[figure] = [round(statistics.mean(values), 2), spread]
     return result

@@ -203,8 +203,8 @@ def train(
     config = _common.load()
     chosen = {"detector": detector, "steps": steps, "seed": seed}
     overrides = (recipe_changes(recipe) if recipe else {}) | {k: v for k, v in chosen.items() if v is not None}
-    if detector is not None:
-        overrides.pop("detector_options", None)  # they are those of the recipe's own detector
+    if recipe and overrides["detector"] != recipe_changes(recipe)["detector"]:
+        del overrides["detector_options"]  # they are those of the recipe's own detector
     job = new_job(config, product, images or [], overrides)
     server = connect(redis_url_of(config))
     jobs = Jobs(server)

@@ -37,7 +37,7 @@ class Associative(Detector):
     capacity: int = Field(default=1024, ge=1)
     neighbours: int = Field(default=32, ge=1, le=256)
     temperature: float = Field(default=0.01, gt=0)
-    fusion: MapFusion = MapFusion(kind="geometric", weights=(1, 1, 1, 3), score="top", top=0.01)
+    fusion: MapFusion = MapFusion(kind="geometric", weights=(1, 1, 1, 2), score="top", top=0.01)
 
     def build_student(self, teacher: Teacher) -> Student:
         """Return an untrained network and an empty memory, see the interface."""

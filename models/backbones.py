@@ -37,9 +37,9 @@ class ResNetBackbone(nn.Module):
         self.bn1 = nn.BatchNorm2d(base)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
-        self.layer1 = _layer(base, base, 1, block)
-        self.layer2 = _layer(base, 2 * base, 2, block)
-        self.layer3 = _layer(2 * base, 4 * base, 2, block)
+        self.layer1 = residual_stage(base, base, 1, block)
+        self.layer2 = residual_stage(base, 2 * base, 2, block)
+        self.layer3 = residual_stage(2 * base, 4 * base, 2, block)
         self.project = nn.ModuleList(
             nn.Identity() if own == wanted else nn.Conv2d(own, wanted, kernel_size=1)
             for own, wanted in zip((base, 2 * base, 4 * base), channels, strict=True)
@@ -76,7 +76,7 @@ def convolution(channels: int, out_channels: int, stride: int = 1) -> nn.Sequent
     )
 
 
-def _layer(channels: int, out_channels: int, stride: int, block: Block) -> nn.Sequential:
+def residual_stage(channels: int, out_channels: int, stride: int, block: Block) -> nn.Sequential:
     """Return two blocks; the first changes resolution and channels."""
     shortcut = None
     if stride != 1 or channels != out_channels:

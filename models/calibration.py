@@ -24,6 +24,7 @@ from models.errors import ModelError
 # The prior says as much as PRIOR_SCORES scores would, and says that log scores spread by PRIOR_SPREAD.
 PRIOR_SPREAD = 0.5
 PRIOR_SCORES = 2
+_NEGLIGIBLE = 0.01
 _SMALLEST = float(np.finfo(np.float32).tiny)
 
 
@@ -73,7 +74,8 @@ def calibrate(scores: Sequence[float], false_reject_rate: float) -> Calibration:
 
 def _predictive_bound(scores: list[float], tail: float) -> float:
     """Return the score that a further one exceeds with probability `tail`, log scores being normal."""
-    logs = np.log(np.maximum(scores, _SMALLEST))
+    # A score next to nothing, as of a copy of a training image, tells nothing of how far scores spread upwards.
+    logs = np.log(np.maximum(scores, max(_NEGLIGIBLE * float(np.median(scores)), _SMALLEST)))
     count = len(logs)
     freedom = PRIOR_SCORES + count - 1
     squares = PRIOR_SCORES * PRIOR_SPREAD**2 + float(np.square(logs - logs.mean()).sum())

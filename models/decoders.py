@@ -6,15 +6,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.backbones import convolution, initialise
+from models.backbones import basic_block, convolution, initialise, residual_stage
 from models.teachers import Features
 
-# A dense embedding sees the image as a grid of so many cells a side.
+# A dense embedding sees the image as a grid of so many cells a side, or fewer where the features are smaller.
 GRID = 4
 
 
 class ConvolutionalBottleneck(nn.Module):
-    """After RD4AD: the scales are fused at stride 16, then embedded at stride 32, here by plain convolutions.
+    """After RD4AD: the scales are fused at stride 16, then embedded at stride 32, by a residual stage.
 
     Args:
         channels: The teacher's channels at strides 4, 8 and 16.
@@ -27,7 +27,10 @@ class ConvolutionalBottleneck(nn.Module):
         self.low = nn.Sequential(convolution(low, 2 * base, 2), convolution(2 * base, 4 * base, 2))
         self.middle = convolution(middle, 4 * base, 2)
         self.high = convolution(high, 4 * base)
-        self.embed = nn.Sequential(convolution(12 * base, 4 * base), convolution(4 * base, 8 * base, 2))
+        self.fuse = nn.Sequential(
+            nn.Conv2d(12 * base, 4 * base, kernel_size=1, bias=False), nn.BatchNorm2d(4 * base), nn.ReLU(inplace=True)
+        )
+        self.embed = residual_stage(4 * base, 8 * base, 2, basic_block)
         self.out_channels = 8 * base
         initialise(self)
 
@@ -35,7 +38,7 @@ class ConvolutionalBottleneck(nn.Module):
         """Map the features to a (B, 8 * base, H/32, W/32) embedding."""
         low, middle, high = features
         joined = [_to_size(self.low(low), high), _to_size(self.middle(middle), high), self.high(high)]
-        return self.embed(torch.cat(joined, dim=1))
+        return self.embed(self.fuse(torch.cat(joined, dim=1)))
 
 
 class DenseBottleneck(nn.Module):

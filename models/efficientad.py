@@ -3,7 +3,8 @@
 From the paper: channel-normalised targets, the hard feature loss, a second branch that sees the image through a
 bottleneck and whose behaviour the student learns too, and maps normalised by quantiles. Other than there: teachers
 are the shared ones instead of a distilled patch network, the bottlenecked branch reads the teacher's features
-instead of the image, and no images from outside penalise the student, since a plant has none.
+instead of the image, there are two scales, the student's imitation does not teach the autoencoder, and no images from
+outside penalise the student, since a plant has none.
 """
 
 from __future__ import annotations
@@ -12,13 +13,14 @@ import math
 from typing import ClassVar
 
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from models.backbones import ResNetBackbone, base_channels
 from models.decoders import Decoder, DenseBottleneck
-from models.detector import Detector, Pair, Pairs, Student
+from models.detector import Detector, NormalBatches, Pair, Pairs, Student
 from models.fusion import MapFusion
-from models.students import ForwardStudent, normalised
+from models.statistics import MovingAverage
+from models.students import settle
 from models.teachers import Features, Teacher
 
 _SCALES = 2  # strides 8 and 16
@@ -76,14 +78,19 @@ class EfficientADStudent(Student):
         base = base_channels(options.width)
         # The first head is never compared with stride 4's features, so it needs no projection there.
         heads = (base, *(2 * count for count in channels[-_SCALES:]))
-        self.local = ForwardStudent(channels, ResNetBackbone(heads, options.width), options.momentum)
+        self.network = ResNetBackbone(heads, options.width)
+        self.normalise = nn.ModuleList(MovingAverage(count, options.momentum) for count in channels[-_SCALES:])
         self.bottleneck = DenseBottleneck(channels, base, options.embedding)
         self.decoder = Decoder(channels[-_SCALES:], base, self.bottleneck.out_channels)
 
+    def begin(self, source: NormalBatches) -> None:
+        """Let the channels' statistics settle on the normal images."""
+        settle(self.normalise, source)
+
     def forward(self, images: Tensor, features: Features) -> Pairs:
         """Return three pairs for each scale: teacher and student, teacher and autoencoder, autoencoder and student."""
-        targets = normalised(self.local.normalise, features, self.training)[-_SCALES:]
-        heads = [head.chunk(2, dim=1) for head in self.local.network(images)[-_SCALES:]]
+        targets = tuple(average(each) for average, each in zip(self.normalise, features[-_SCALES:], strict=True))
+        heads = [head.chunk(2, dim=1) for head in self.network(images)[-_SCALES:]]
         decoded = self.decoder(self.bottleneck(features), targets)
         return (
             *(Pair(target, first) for target, (first, _) in zip(targets, heads, strict=True)),

@@ -6,11 +6,10 @@ consistency compares what features say of the image as a whole. Both go round an
 
 from __future__ import annotations
 
-from functools import cached_property
 from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -32,7 +31,7 @@ class FCL(Detector):
 
     Attributes:
         host: The detector whose student and distances are used.
-        host_options: Its own options; its fusion counts for nothing here.
+        host_options: Its own options, without a fusion.
         snc: The neighbours' coding.
         flattened: Weight of 1 - cosine of a scale's whole map of features.
         affinity: Weight of the squared difference of the cosines between a 4 x 4 grid's pooled features.
@@ -42,21 +41,32 @@ class FCL(Detector):
 
     name: ClassVar[str] = "fcl"
     host: Literal["stfpm", "asymts", "reverse"] = "stfpm"
-    host_options: dict[str, Any] = Field(default_factory=dict)
+    host_options: dict[str, Any] = Field(default_factory=dict, validate_default=True)
     snc: SNC = SNC()
     flattened: float = Field(default=0.1, ge=0)
     affinity: float = Field(default=0.1, ge=0)
     embedding: float = Field(default=0.1, ge=0)
     fusion: MapFusion = MapFusion(kind="normalised")
 
+    @field_validator("host_options")
+    @classmethod
+    def _all_of_the_hosts_options(cls, value: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        """Write down the defaults too: a version must not change when they do."""
+        if "fusion" in value:
+            raise ValueError("the host's fusion counts for nothing: set fusion beside host_options")
+        try:
+            return HOSTS[info.data["host"]].model_validate(value).model_dump(exclude={"fusion"})
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+
     @model_validator(mode="after")
-    def _host_can_be_made(self) -> FCL:
-        HOSTS[self.host].model_validate(self.host_options)
+    def _predictors_are_trained(self) -> FCL:
         if self.snc.form == "masked" and not self.snc.in_loss:
             raise ValueError("snc.form 'masked' has predictors to train: snc.place must be 'loss' or 'both'")
         return self
 
-    @cached_property
+    @property
     def _host(self) -> FeatureMatching:
         return HOSTS[self.host].model_validate(self.host_options)
 

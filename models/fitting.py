@@ -55,7 +55,7 @@ class Fit:
         settings = self.settings
         optimizer, schedule = self._optimizer()
         losses: list[Tensor] = []
-        best = Best()
+        best, keeps_best = Best(), settings.keep == "best"
         checkpoint_steps = max(1, settings.steps // CHECKPOINTS)
         for step, indices in enumerate(self._batches(), start=1):
             losses.append(self._step(indices, optimizer))
@@ -65,10 +65,11 @@ class Fit:
                 if should_stop is not None and should_stop():
                     raise TrainingStoppedError(f"training stopped at step {step} of {settings.steps}")
             if self._looks_at_held_out and (step % checkpoint_steps == 0 or step == settings.steps):
-                best.offer(self.held_out_loss(), self.student if settings.keep == "best" else None)
+                best.offer(self.held_out_loss(), self.student)
                 if settings.patience is not None and best.age >= settings.patience:
+                    keeps_best = True  # a step amid the schedule is worth less than the best before
                     break
-        if best.state is not None:
+        if keeps_best and best.state is not None:
             self.student.load_state_dict(best.state)
         return torch.stack(losses).tolist()
 
@@ -141,20 +142,18 @@ class Best:
     Attributes:
         loss: The lowest.
         age: Looks since then.
-        state: The student's state dict at that look, where it is kept.
+        state: The student's state dict at that look.
     """
 
     loss: float = math.inf
     age: int = 0
     state: dict[str, Tensor] | None = None
 
-    def offer(self, loss: float, student: Student | None) -> None:
-        """Take note of a loss, and of the student where it is to be kept."""
+    def offer(self, loss: float, student: Student) -> None:
+        """Take note of a loss, and of the student if it is the best so far."""
         self.age += 1
         if loss < self.loss:
-            self.loss, self.age = loss, 0
-            if student is not None:
-                self.state = copy.deepcopy(student.state_dict())
+            self.loss, self.age, self.state = loss, 0, copy.deepcopy(student.state_dict())
 
 
 def _schedule(settings: TrainingSettings) -> Callable[[int], float]:
@@ -174,5 +173,5 @@ def _schedule(settings: TrainingSettings) -> Callable[[int], float]:
 def training_dtype(device: torch.device) -> torch.dtype:
     """Return bfloat16 where the device computes in it: it has float32's range, so no loss needs scaling."""
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     return best_dtype(device)

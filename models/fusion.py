@@ -21,9 +21,9 @@ class MapFusion(BaseModel):
     Attributes:
         kind: 'product' multiplies the maps (STFPM, equation 5); 'sum' adds them; 'weighted' adds them by `weights`;
             'normalised' adds them after each was divided by its scale on validation normals; 'quantile' adds them
-            after each was mapped so that the 0.9 and 0.995 quantiles of its values on validation normals become 0
-            and 0.1 (EfficientAD, section 3.4), values below count as 0; 'geometric' is the geometric mean of the
-            'normalised' maps, each counted `weights` times.
+            after each was scaled so that the 0.9 and 0.995 quantiles of its values on validation normals lie 0.1
+            apart (EfficientAD, section 3.4; its offset is the same for every pixel and left out); 'geometric' is
+            the geometric mean of the 'normalised' maps, each counted `weights` times.
         weights: One for each map, for 'weighted' and 'geometric'; none counts all alike.
         smoothing: Standard deviation of the Gaussian that smooths the anomaly map, in pixels of the network's
             input; 0 leaves it as it is.
@@ -83,7 +83,7 @@ class MapFusion(BaseModel):
             return each / statistics.scale[index]
         if self.kind == "quantile":
             low, high = statistics.quantiles[index]
-            return (each - low).clamp_min(0) * (0.1 / (high - low))
+            return each * (0.1 / (high - low))
         return each
 
     def score_of(self, fused: Tensor) -> Tensor:

@@ -10,6 +10,11 @@ from pydantic import BaseModel, ConfigDict, Field
 from models.errors import ModelError
 
 
+def _default_options(given: dict[str, Any]) -> dict[str, Any]:
+    """Return the default detector's tuned options; any other has its own defaults."""
+    return {"width": 0.5, "hardest": 0.03} if given.get("detector") == "associative" else {}
+
+
 class TrainingSettings(BaseModel):
     """Everything that decides what a training yields, beside the images.
 
@@ -29,8 +34,8 @@ class TrainingSettings(BaseModel):
             zero.
         keep: 'last' keeps the student of the last step, 'best' that of the lowest loss on the held-out
             normals.
-        patience: A training ends early when the loss on the held-out normals has not fallen for so many of the 20
-            looks that it takes; None takes all steps. No defect is ever looked at.
+        patience: A training ends early, with its best student, when the loss on the held-out normals has not fallen
+            for so many of the 20 looks that it takes; None takes all steps. No defect is ever looked at.
         augment: 'none', or 'camera' for what varies before a fixed camera: brightness, contrast and a shift of up to
             two pixels, drawn anew for each step. Then the teacher's features cannot be cached.
         compile: Whether the student's training step is compiled, which takes a minute before it is faster.
@@ -45,8 +50,8 @@ class TrainingSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    detector: str = "stfpm"
-    detector_options: dict[str, Any] = Field(default_factory=lambda: {"width": 0.5, "hardest": 0.03})
+    detector: str = "associative"
+    detector_options: dict[str, Any] = Field(default_factory=_default_options)
     teacher: str = "efficientnet_lite0"
     weights: str | None = None
     input_size: int = Field(default=128, ge=64, le=1024, multiple_of=32)
@@ -86,30 +91,23 @@ class TrainingSettings(BaseModel):
 
 
 RECIPES: dict[str, TrainingSettings] = {
-    # For two CPU cores. On solar cells, of 3 to 30 % hardest positions and quarter to half width it has the best
-    # image AUROC in its time; three tenths held out cost no accuracy and make the false-reject rate far steadier.
+    # For two CPU cores: of what was tried the fastest that is within a point of the best, see docs/detectors.md. Three
+    # tenths held out cost little accuracy and make the false-reject rate far steadier.
     "fast": TrainingSettings(),
-    # Reverse distillation through one vector per image, its maps coded by their neighbours: the best accuracy found.
+    # A network and a memory of scenes beside ResNet-18: the best accuracy found, see docs/detectors.md.
     "accurate": TrainingSettings(
-        detector="fcl",
-        detector_options={
-            "host": "reverse",
-            "host_options": {"bottleneck": "dense", "embedding": 512, "scales": 2, "width": 1.0},
-            "snc": {"form": "uniform", "radius": 1, "place": "map"},
-            "flattened": 0.0,
-            "affinity": 0.0,
-            "embedding": 0.0,
-            "fusion": {"kind": "normalised", "smoothing": 4.0, "score": "top", "top": 0.01},
-        },
+        detector="associative",
+        detector_options={"width": 0.5, "hardest": 0.02, "neighbours": 48},
+        teacher="resnet18",
         input_size=256,
-        steps=2000,
-        batch_size=16,
+        steps=1000,
         learning_rate=2e-3,
         holdout=0.1,
     ),
     # Wang et al., BMVC 2021, section 3: conv2_x to conv4_x of ResNet-18, 256 x 256, SGD 0.4, an 80/20 split
     # and the checkpoint of the lowest validation loss.
     "paper": TrainingSettings(
+        detector="stfpm",
         detector_options={"width": 1.0, "hardest": 1.0},
         teacher="resnet18",
         input_size=256,

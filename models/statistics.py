@@ -11,6 +11,8 @@ from torch import Tensor, nn
 # EfficientAD, section 3.4: these quantiles of a map's values on normal images become 0 and 0.1.
 LOW, HIGH = 0.9, 0.995
 _TINY = 1e-12
+# Share of the mean variance of all channels that is added to each.
+_QUIET = 0.01
 
 
 class Statistics(nn.Module):
@@ -61,8 +63,8 @@ def _quantile(values: Tensor, share: float) -> Tensor:
 class MovingAverage(Statistics):
     """Moving-average normalisation: channel statistics as an exponential moving average over normal images.
 
-    In training mode each batch moves the statistics; in evaluation mode they are frozen. The affine part of the
-    normalisation is kept as it was: the identity.
+    The statistics move by `update` alone, before the first step of a training; from then on they are frozen. The
+    affine part of the normalisation is kept as it was: the identity.
 
     Args:
         channels: Of the features.
@@ -70,27 +72,30 @@ class MovingAverage(Statistics):
     """
 
     mean: Tensor
-    square: Tensor
+    variance: Tensor
     batches: Tensor
 
     def __init__(self, channels: int, momentum: float) -> None:
         super().__init__()
         self.momentum = momentum
         self.register_buffer("mean", torch.zeros(channels))
-        self.register_buffer("square", torch.ones(channels))
+        self.register_buffer("variance", torch.ones(channels))
         self.register_buffer("batches", torch.zeros((), dtype=torch.long))
 
     @torch.no_grad()
     def update(self, features: Tensor) -> None:
         """Move the statistics towards those of (B, C, h, w) features."""
-        values = features.float()
+        variance, mean = torch.var_mean(features.float(), dim=(0, 2, 3), correction=0)
         self.batches += 1
         weight = max(self.momentum, 1.0 / int(self.batches))
-        self.mean += weight * (values.mean(dim=(0, 2, 3)) - self.mean)
-        self.square += weight * (values.square().mean(dim=(0, 2, 3)) - self.square)
+        step = mean - self.mean
+        self.mean += weight * step
+        # Of the mixture of what was seen before and this batch: both variances, and that between their means.
+        self.variance.mul_(1 - weight).add_(weight * variance + weight * (1 - weight) * step.square())
 
     def forward(self, features: Tensor) -> Tensor:
         """Return (B, C, h, w) float32 features with mean 0 and variance 1 in each channel over normal images."""
-        variance = (self.square - self.mean.square()).clamp_min(1e-5)
+        # A channel that hardly ever varies is not blown up to the others' size.
+        variance = self.variance + _QUIET * self.variance.mean() + _TINY
         shape = (1, -1, 1, 1)
         return (features.float() - self.mean.view(shape)) * variance.rsqrt().view(shape)

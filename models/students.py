@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from models.detector import Pair, Pairs, Student
+from models.detector import NormalBatches, Pair, Pairs, Student
 from models.statistics import MovingAverage
 from models.teachers import Features
 
@@ -26,20 +26,24 @@ class ForwardStudent(Student):
 
     def forward(self, images: Tensor, features: Features) -> Pairs:
         """Return one pair for each of the teacher's taps."""
-        return tuple(map(Pair, normalised(self.normalise, features, self.training), self.network(images)))
+        targets = features
+        if len(self.normalise):
+            targets = tuple(average(each) for average, each in zip(self.normalise, features, strict=True))
+        return tuple(map(Pair, targets, self.network(images)))
+
+    def begin(self, source: NormalBatches) -> None:
+        """Let the moving averages settle on the normal images."""
+        settle(self.normalise, source)
 
 
-def normalised(averages: nn.ModuleList, features: Features, training: bool) -> Features:
-    """Return the features after moving-average normalisation, as they are where there is none.
+def settle(averages: nn.ModuleList, source: NormalBatches) -> None:
+    """Move channel statistics over all normal images once.
 
     Args:
-        averages: One `MovingAverage` for each feature, or none.
-        features: Each (B, C, h, w).
-        training: Whether the batch moves the statistics.
+        averages: One `MovingAverage` for each of the teacher's features, counted from the coarsest, or none.
+        source: The images.
     """
-    if not len(averages):
-        return features
-    if training:
-        for average, feature in zip(averages, features, strict=True):
+    for chunk in source.chunks() if len(averages) else ():
+        _, features = source.batch(chunk)
+        for average, feature in zip(averages, features[-len(averages) :], strict=True):
             average.update(feature)  # type: ignore[operator]
-    return tuple(average(feature) for average, feature in zip(averages, features, strict=True))

@@ -60,7 +60,7 @@ def train(
 ) -> TrainedStudent:
     """Train and calibrate a student on normal images.
 
-    The same call on the same machine yields the same student.
+    The same call on the same machine yields the same student; on a GPU up to the order in which it adds.
 
     Args:
         images: Each (H, W, 3) uint8 RGB, of any size; at least one.

@@ -35,7 +35,7 @@ def draft_card(
     """
     return ModelDraft(
         product=product,
-        detector=DetectorRecord(name=trained.detector.name, options=trained.detector.model_dump()),
+        detector=DetectorRecord(name=trained.detector.name, options=trained.detector.model_dump(mode="json")),
         teacher=TeacherRecord(name=trained.teacher.name, weights_sha256=trained.teacher.weights_sha256),
         input_size=trained.settings.input_size,
         threshold=trained.calibration.threshold,

@@ -72,3 +72,10 @@ def test_useless_scores_are_refused(scores):
 def test_t_quantile_against_scipy(probability, freedom):
     expected = stats.t.ppf(probability, freedom)
     assert student_t_quantile(probability, freedom) == pytest.approx(expected, rel=1e-8, abs=1e-9)
+
+
+@pytest.mark.parametrize("zero", [0.0, 1e-30])
+def test_a_copy_of_a_training_image_among_the_held_out_does_not_open_the_threshold(zero):
+    scores = [0.09, 0.1, 0.1, 0.11, 0.1, 0.12, 0.09, 0.1, 0.11]
+    without, with_copy = calibrate(scores, 0.01).threshold, calibrate([zero, *scores], 0.01).threshold
+    assert without <= with_copy < 100 * 0.1

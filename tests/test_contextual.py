@@ -43,20 +43,26 @@ def test_a_kernel_that_holds_only_its_centre_changes_nothing():
     assert torch.equal(local_aggregation(values, weights), values)
 
 
-def test_dynamic_context_depends_on_static_context():
-    """The weights of a position follow from its neighbours, so far changes reach further than one 3 x 3 kernel."""
+def test_the_kernels_of_a_position_see_its_neighbours_through_static_context():
     torch.manual_seed(0)
     layer = ContextualTransformer(16).eval()
-    torch.nn.init.zeros_(layer.gate[2].weight)  # the gate looks at the whole map
+    layer.attention[4] = torch.nn.Identity()  # group normalisation would see the whole map
     features = torch.randn(1, 16, 9, 9)
     changed = features.clone()
     changed[..., 4, 4] += 1
+
+    def kernels(given: torch.Tensor, static: torch.Tensor) -> torch.Tensor:
+        return layer.attention(torch.cat([given, static], dim=1))
+
+    def reach(before: torch.Tensor, after: torch.Tensor) -> list[list[int]]:
+        places = ((after - before).abs().sum(dim=1)[0] > 1e-6).nonzero()
+        return [places.amin(0).tolist(), places.amax(0).tolist()]
+
     with torch.inference_mode():
-        reach = (layer(changed) - layer(features)).abs().sum(dim=1)[0] > 1e-6
-    rows = reach.nonzero()[:, 0]
-    # GroupNorm normalises over the whole map, so everything may change a little; the values' kernel is 3 x 3.
-    assert reach[4, 4]
-    assert rows.numel() > 9
+        static = layer.static(features)
+        assert reach(kernels(features, static), kernels(changed, layer.static(changed))) == [[3, 3], [5, 5]]
+        # From the input alone they would see their own position only.
+        assert reach(kernels(features, static), kernels(changed, static)) == [[4, 4], [4, 4]]
 
 
 def test_block_keeps_the_residual_blocks_shape():

@@ -117,10 +117,13 @@ def test_one_value_that_is_no_number_makes_no_score_even_where_the_method_does_n
     class Spotted(torch.nn.Module):
         """Gives numbers but for one position of the second frame."""
 
-        def forward(self, images):
-            low, middle, high = (feature.clone() for feature in residents["bolt"].student(images))
-            low[1, 0, 0, 0] = torch.nan
-            return low, middle, high
+        statistics = residents["bolt"].student.statistics
+
+        def forward(self, images, features):
+            low, *others = residents["bolt"].student(images, features)
+            prediction = low.prediction.clone()
+            prediction[1, 0, 0, 0] = torch.nan
+            return low._replace(prediction=prediction), *others
 
     spotted = replace(residents["bolt"], student=Spotted(), detector=Cornered(width=0.125))
     scores = [each.score for each in engine.judge([Request(spotted, texture(seed)) for seed in range(3)])]

@@ -252,7 +252,7 @@ def test_tables_on_the_terminal(tmp_path, monkeypatch, capsys):
     words = ["--data", tmp_path / "weave", "--steps", 2, "--input-size", 64]
     assert run(monkeypatch, "evaluate", *words, "--out", tmp_path / "out") == 0
     captured = capsys.readouterr()
-    assert "stfpm, efficientnet_lite0, 64²" in captured.out
+    assert "associative, efficientnet_lite0, 64²" in captured.out
     assert "training and speed" in captured.out
     assert str(tmp_path / "out/index.html") in captured.err.replace("\n", "")
     page = (tmp_path / "out/index.html").read_text()
@@ -307,7 +307,7 @@ def test_options_are_json_or_text_and_nest():
 def test_a_recipes_options_are_for_its_own_detector_only():
     fast = recipe("fast")
     assert fast.detector_options
-    own, other = chosen_settings("fast", ["stfpm", "sibling", "stfpm"], [], {"steps": 7})
+    own, other = chosen_settings("fast", ["associative", "sibling", "associative"], [], {"steps": 7})
     assert (own.detector_options, own.steps) == (fast.detector_options, 7)
     assert (other.detector, other.detector_options, other.steps) == ("sibling", {}, 7)
     (merged,) = chosen_settings("fast", [], ["hardest=0.1"], {})

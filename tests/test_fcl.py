@@ -8,6 +8,7 @@ from models.detector import Pair
 from models.detectors import make_detector
 from models.errors import ModelError
 from models.fcl import FCL, affinity
+from models.reverse import Reverse
 from models.snc import SNC, MaskedCentre
 from models.stfpm import STFPM
 
@@ -116,6 +117,25 @@ def test_place_decides_where_the_code_counts(form):
     for one, other in zip(where.scale_maps(pairs), both.scale_maps(pairs), strict=True):
         assert torch.equal(one, other)
     assert len(both.scale_maps(pairs)) == (1 if form in ("softmax", "uniform") else 2)
+
+
+def test_flattened_weighs_positions_by_their_strength():
+    """(3, 0) against (3, 0) and (0, 1) against (1, 0): the low-level distance takes both positions alike."""
+    target = torch.tensor([[3.0, 0.0], [0.0, 1.0]]).view(1, 2, 1, 2)
+    prediction = torch.tensor([[3.0, 1.0], [0.0, 0.0]]).view(1, 2, 1, 2)
+    bare = FCL(snc=SNC(form="none"), flattened=0, affinity=0, embedding=0)
+    weighed = bare.model_copy(update={"flattened": 1.0})
+    pairs = (Pair(target, prediction),)
+    # 1 - 9 / 10 of the whole map, where the mean over positions is 1 / 2.
+    assert float(weighed.loss(pairs)) - float(bare.loss(pairs)) == pytest.approx(0.1, abs=1e-6)
+    assert float(bare.loss(pairs)) == pytest.approx(0.5, abs=1e-6)
+
+
+def test_the_hosts_defaults_are_written_down_and_its_fusion_refused():
+    recorded = FCL(host="reverse", host_options={"width": 0.25}).model_dump()["host_options"]
+    assert recorded == Reverse(width=0.25).model_dump(exclude={"fusion"})
+    with pytest.raises(ModelError, match="set fusion beside host_options"):
+        make_detector("fcl", {"host_options": {"fusion": {"kind": "sum"}}})
 
 
 def test_high_level_terms_by_hand():

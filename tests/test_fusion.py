@@ -3,11 +3,13 @@ import numpy as np
 import pytest
 import torch
 
+from models.detector import NormalBatches
 from models.detectors import make_detector
 from models.errors import ModelError
 from models.fusion import MapFusion, smoothed
 from models.settings import TrainingSettings
 from models.statistics import MapStatistics, MovingAverage
+from models.students import ForwardStudent
 from models.training import train
 
 FLAT = torch.full((1, 2, 2), 0.5)
@@ -35,9 +37,8 @@ def statistics(scales=(1.0, 1.0), quantiles=((0.0, 1.0), (0.0, 1.0))) -> MapStat
         (MapFusion(kind="geometric"), RAMP_AT_4.sqrt()),
         # (2 * (ramp / 2)^3)^(1/4)
         (MapFusion(kind="geometric", weights=(1, 3)), (2 * (RAMP_AT_4 / 2) ** 3) ** 0.25),
-        # 0.1 * (0.5 - 0) / (1 - 0), and 0.1 * (ramp - 2) / (4 - 2) where that is positive, before upsampling:
-        # the coarse map is [0, 0.1] a row
-        (MapFusion(kind="quantile"), RAMP_AT_4 / 4 * 0.1 + 0.05),
+        # 0.1 * 0.5 / (1 - 0), and 0.1 * ramp / (4 - 2)
+        (MapFusion(kind="quantile"), RAMP_AT_4 * 0.05 + 0.05),
     ],
 )
 def test_maps_are_joined(fusion, expected):
@@ -121,18 +122,44 @@ def test_statistics_are_never_rounded_to_the_networks_precision():
     assert half[1].scale.tolist() == pytest.approx([1 / 3, 1 / 7], abs=1e-7)
 
 
-def test_moving_average_settles_at_the_channels_statistics_and_freezes():
-    generator = torch.Generator().manual_seed(0)
-    scale, shift = torch.tensor([2.0, 0.5]).view(1, 2, 1, 1), torch.tensor([5.0, -1.0]).view(1, 2, 1, 1)
-    average = MovingAverage(2, momentum=0.05)
-    for _ in range(200):
-        average.update(torch.randn(4, 2, 8, 8, generator=generator) * scale + shift)
-    features = torch.randn(64, 2, 16, 16, generator=generator) * scale + shift
-    frozen = average.mean.clone()
-    normalised = average(features)
-    assert normalised.mean(dim=(0, 2, 3)).tolist() == pytest.approx([0, 0], abs=0.05)
-    assert normalised.std(dim=(0, 2, 3)).tolist() == pytest.approx([1, 1], abs=0.05)
-    assert torch.equal(average.mean, frozen)
+class Batches(NormalBatches):
+    """Random features of two channels with their own mean and spread, at three scales."""
+
+    def __init__(self, count: int) -> None:
+        generator = torch.Generator().manual_seed(0)
+        scale, shift = torch.tensor([2.0, 0.5]).view(1, 2, 1, 1), torch.tensor([5.0, -1.0]).view(1, 2, 1, 1)
+        drawn = (torch.randn(count, 2, side, side, generator=generator) for side in (16, 8, 4))
+        self.features = tuple(each * scale + shift for each in drawn)
+
+    def __len__(self) -> int:
+        return len(self.features[0])
+
+    def batch(self, indices):
+        return torch.zeros(len(indices), 3, 64, 64), tuple(each[indices] for each in self.features)
+
+    def chunks(self):
+        return list(torch.arange(len(self)).split(4))
+
+
+def test_moving_averages_settle_before_the_training_and_are_frozen_in_it():
+    source = Batches(400)
+    student = ForwardStudent((2, 2, 2), lambda images: source.batch(torch.arange(400))[1], momentum=0.02).train()
+    student.begin(source)
+    frozen = {name: value.clone() for name, value in student.state_dict().items()}
+    images, features = source.batch(torch.arange(400))
+    for pair in student(images, features):
+        assert pair.target.mean(dim=(0, 2, 3)).tolist() == pytest.approx([0, 0], abs=0.1)
+        assert pair.target.std(dim=(0, 2, 3)).tolist() == pytest.approx([1, 1], abs=0.15)
+    assert all(torch.equal(value, frozen[name]) for name, value in student.state_dict().items())
+
+
+def test_moving_variance_is_that_of_all_images_however_they_come():
+    source = Batches(12).features[0]
+    average = MovingAverage(2, momentum=0.001)
+    for batch in source.split(4):
+        average.update(batch)
+    torch.testing.assert_close(average.mean, source.mean(dim=(0, 2, 3)))
+    torch.testing.assert_close(average.variance, source.var(dim=(0, 2, 3), correction=0))
 
 
 def test_moving_average_takes_the_first_batch_in_full():

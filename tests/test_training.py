@@ -194,7 +194,7 @@ def test_version_round_trip_judges_alike(trained, labelled, tmp_path):
     other = loaded.model_copy(update={"teacher": loaded.teacher.model_copy(update={"weights_sha256": "0" * 64})})
     with pytest.raises(VersionError, match="other weights"):
         restore(other, state, teacher)
-    state.pop("network.conv1.weight")
+    state.pop(next(name for name in state if name.endswith("conv1.weight")))
     with pytest.raises(VersionError, match="does not fit"):
         restore(loaded, state, teacher)
 
