@@ -1,7 +1,7 @@
 """Accuracy of every detector on labelled sets, over seeds, with the ablations behind the defaults.
 
     python -m benchmarks.accuracy --data ../shared/data --weights resnet18.safetensors --suite table --suite asymts \
-        --journal accuracy.jsonl --json benchmarks/results/accuracy.json
+        --journal accuracy.jsonl --beside benchmarks/results/memory_bank.json --json benchmarks/results/accuracy.json
 
 Each training is a line of the journal, so a run that was cut short goes on where it stopped; the document is made
 from the whole journal. Speed is not measured here, since trainings run side by side: see `benchmarks.peers`.
@@ -48,6 +48,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="only ways and sets that contain this text")
     parser.add_argument("--workers", type=int, default=1, help="trainings side by side, a CPU thread each")
     parser.add_argument("--journal", type=Path, required=True, help="a line of JSON for each training")
+    parser.add_argument("--beside", type=Path, nargs="*", default=[], help="documents of other programs to include")
     parser.add_argument("--json", type=Path, help="where the document goes; else standard output")
     options = parser.parse_args()
     done = {_key_of(entry) for entry in _entries(options.journal)}
@@ -65,7 +66,12 @@ def main() -> None:
                 f"{entry['set']}, seed {entry['seed']}: image AUROC {first['image_auroc'] * 100:.2f} %",
                 flush=True,
             )
-    document = summarise(_current(_entries(options.journal))) | {"machine": describe_machine()}
+    document = summarise(_current(_entries(options.journal))) | {
+        "command": "python -m benchmarks.accuracy --data SETS --weights FILE --journal FILE --suite NAME --workers 2",
+        "machine": describe_machine(),
+        "device": str(pick_device()),
+        "beside": {path.stem: json.loads(path.read_text()) for path in options.beside},
+    }
     text = json.dumps(document, indent=1) + "\n"
     if options.json:
         options.json.write_text(text)
@@ -114,10 +120,11 @@ _read: dict[tuple[str, int], tuple[InspectionSet, np.ndarray, np.ndarray]] = {}
 
 
 def _images(each: InspectionSet, size: int) -> tuple[InspectionSet, np.ndarray, np.ndarray]:
-    """Return a set with its normal and its test images; the last one read is kept."""
+    """Return a set with its normal and its test images; those of the last size are kept."""
     key = (each.name, size)
     if key not in _read:
-        _read.clear()
+        for other in [other for other in _read if other[1] != size]:
+            del _read[other]
         _read[key] = _read_set(each, size)
     return _read[key]
 

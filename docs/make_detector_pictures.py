@@ -282,8 +282,40 @@ def efficientad() -> Sketch:
     return sketch
 
 
+def associative() -> Sketch:
+    """A network beside a memory of scenes."""
+    sketch = Sketch(9.2, 3.5)
+    image = sketch.box((0.5, 1.9), "image", size=(0.7, 0.45))
+    teacher = sketch.box((1.6, 1.9), "teacher", "frozen", (0.85, 0.45))
+    network = sketch.box((1.6, 3.1), "network", "trained", (0.85, 0.45))
+    features = sketch.box((2.8, 1.9), "features,\nthree strides", size=(1.0, 0.45))
+    found = sketch.box((4.1, 1.9), "descriptors\nat stride 8", "measured", (1.05, 0.45))
+    code = sketch.box((2.8, 0.8), "code of\nthe scene", "measured", (1.0, 0.45))
+    scenes = sketch.box((4.1, 0.8), "most similar\nnormal scenes", "measured", (1.05, 0.45))
+    attention = sketch.box((5.3, 0.8), "softmax\nattention", size=(0.9, 0.45))
+    matched = sketch.box((6.5, 2.55), "1 - cosine,\nthree strides", "map", (1.0, 0.45))
+    remembered = sketch.box((6.5, 1.9), "half squared\ndistance", "map", (1.0, 0.45))
+    y = (matched.y + remembered.y) / 2
+    fusion = sketch.box((7.72, y), "geometric\nmean", "measured", (0.85, 0.5))
+    fused = sketch.box((8.72, y), "anomaly\nmap", "map", (0.75, 0.5))
+    sketch.arrow(image.side("top"), network.side("left"), "angle,angleA=90,angleB=0")
+    sketch.arrow(features.side("top"), matched.side("left"), "angle,angleA=90,angleB=0")
+    sketch.arrow(network.side("right"), matched.side("top"), "angle,angleA=0,angleB=90")
+    pairs = ((image, teacher), (teacher, features), (features, found), (found, remembered), (code, scenes))
+    for left, right in (*pairs, (scenes, attention), (fusion, fused)):
+        sketch.arrow(left.side("right"), right.side("left"))
+    sketch.arrow(features.side("bottom"), code.side("top"))
+    sketch.arrow((attention.x, found.y), attention.side("top"))
+    sketch.note((attention.x - 0.07, 1.35), "query", align="right")
+    sketch.arrow(attention.side("right"), remembered.side("bottom"), "angle,angleA=0,angleB=90")
+    sketch.note((6.43, 1.35), "predicted", align="right")
+    sketch.arrow(sketch.frame([matched, remembered]).side("right"), fusion.side("left"))
+    sketch.legend((0.25, 0.2), "frozen trained measured map")
+    return sketch
+
+
 PICTURES: dict[str, Callable[[], Sketch]] = {
-    each.__name__: each for each in (shape, stfpm, asymts, fcl, reverse, efficientad)
+    each.__name__: each for each in (shape, stfpm, asymts, fcl, reverse, efficientad, associative)
 }
 
 
