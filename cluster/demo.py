@@ -52,6 +52,8 @@ _CONFIG = """\
 port = 0 # a free one
 
 [training]
+detector = "stfpm" # a network learns from approved cells; a memory would mainly let those very cells pass
+detector_options = { width = 0.5, hardest = 0.03 }
 false_reject_rate = 0.1 # strict, so that a reviewer finds something to approve
 
 [worker.evidence]
