@@ -32,7 +32,7 @@ class AsymTS(FeatureMatching):
     width: float = Field(default=1.0, gt=0, le=2)
     blocks: Literal["contextual", "plain"] = "contextual"
     momentum: float | None = Field(default=0.05, gt=0, le=1)
-    fusion: MapFusion = MapFusion(kind="normalised")
+    fusion: MapFusion = MapFusion(kind="geometric")
 
     def build_student(self, teacher: Teacher) -> Student:
         """Return an untrained student, see the interface."""

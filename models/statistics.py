@@ -64,7 +64,8 @@ class MovingAverage(Statistics):
     """Moving-average normalisation: channel statistics as an exponential moving average over normal images.
 
     The statistics move by `update` alone, before the first step of a training; from then on they are frozen. The
-    affine part of the normalisation is kept as it was: the identity.
+    affine part is kept: it gives each channel its mean back, as batch normalisation's shift does, so that features
+    keep their direction and cosines between them their meaning.
 
     Args:
         channels: Of the features.
@@ -94,8 +95,8 @@ class MovingAverage(Statistics):
         self.variance.mul_(1 - weight).add_(weight * variance + weight * (1 - weight) * step.square())
 
     def forward(self, features: Tensor) -> Tensor:
-        """Return (B, C, h, w) float32 features with mean 0 and variance 1 in each channel over normal images."""
+        """Return (B, C, h, w) float32 features with variance 1 in each channel over normal images."""
         # A channel that hardly ever varies is not blown up to the others' size.
         variance = self.variance + _QUIET * self.variance.mean() + _TINY
         shape = (1, -1, 1, 1)
-        return (features.float() - self.mean.view(shape)) * variance.rsqrt().view(shape)
+        return features.float() * variance.rsqrt().view(shape)

@@ -68,7 +68,8 @@ def test_naming_a_part_of_the_fusion_leaves_the_rest_to_the_method():
 
 
 def test_a_training_refuses_weights_before_it_begins():
-    settings = TrainingSettings(detector_options={"fusion": {"kind": "weighted", "weights": [1]}}, input_size=64)
+    options = {"fusion": {"kind": "weighted", "weights": [1]}}
+    settings = TrainingSettings(detector="stfpm", detector_options=options, input_size=64)
     with pytest.raises(ModelError, match="3 maps need as many weights"):
         train(np.zeros((2, 64, 64, 3), np.uint8), settings, progress=lambda *step: pytest.fail("it began"))
 
@@ -148,7 +149,8 @@ def test_moving_averages_settle_before_the_training_and_are_frozen_in_it():
     frozen = {name: value.clone() for name, value in student.state_dict().items()}
     images, features = source.batch(torch.arange(400))
     for pair in student(images, features):
-        assert pair.target.mean(dim=(0, 2, 3)).tolist() == pytest.approx([0, 0], abs=0.1)
+        # Of 5 with spread 2, and -1 with spread 0.5.
+        assert pair.target.mean(dim=(0, 2, 3)).tolist() == pytest.approx([2.5, -2], abs=0.2)
         assert pair.target.std(dim=(0, 2, 3)).tolist() == pytest.approx([1, 1], abs=0.15)
     assert all(torch.equal(value, frozen[name]) for name, value in student.state_dict().items())
 

@@ -221,7 +221,7 @@ def test_a_version_that_was_just_promoted_is_loaded_for_its_first_frame(registry
 class Failing(torch.nn.Module):
     """A student whose network does not work."""
 
-    def forward(self, images):
+    def forward(self, images, features):
         raise RuntimeError("out of order\nand a second line")
 
 
