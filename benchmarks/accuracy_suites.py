@@ -79,7 +79,6 @@ def _asymts() -> list[Way]:
     """The three parts of AsymTS, each left out in turn; the fusion is left out by a view."""
     one = ("efficientnet_lite0",)
     product = {"": {}, "product fusion": {"fusion.kind": "product"}, "sum fusion": {"fusion.kind": "sum"}}
-    longer = {"steps": 250}  # Contextual Transformer blocks learn more slowly
     parts = {
         "asymts": {},
         "plain blocks": {"blocks": "plain"},
@@ -87,7 +86,7 @@ def _asymts() -> list[Way]:
         "plain blocks, no moving average": {"blocks": "plain", "momentum": None},
     }
     return [
-        Way("asymts", name, _same("asymts", _NETWORK | changes, **longer), product, teachers=one)
+        Way("asymts", name, _same("asymts", _NETWORK | changes), product, teachers=one)
         for name, changes in parts.items()
     ]
 
@@ -126,13 +125,11 @@ def _fcl_settings(options: dict[str, Any]) -> TrainingSettings:
 def _map_views() -> dict[str, dict[str, Any]]:
     """Views of a student that was trained without neighbours' codes: the codes in the map, and the control."""
     views: dict[str, dict[str, Any]] = {"none": {}, "product of maps": {"fusion.kind": "product"}}
-    for sigma in (2.0, 4.0, 6.0):
-        views[f"smoothed {sigma:g}"] = {"fusion.smoothing": sigma}
-    for form in ("softmax", "uniform", "relation"):
-        for radius in (1, 2):
-            code = {"snc.form": form, "snc.radius": radius, "snc.place": "map"}
-            views[f"map {form} r{radius}"] = code
-            views[f"map {form} r{radius}, smoothed 4"] = code | _CONTROL
+    views["smoothed 2"] = {"fusion.smoothing": 2.0}
+    views["smoothed 4"] = _CONTROL
+    for form, radius in (("softmax", 1), ("uniform", 1), ("uniform", 2), ("relation", 1)):
+        views[f"map {form} r{radius}"] = {"snc.form": form, "snc.radius": radius, "snc.place": "map"}
+    views["map uniform r1, smoothed 4"] = views["map uniform r1"] | _CONTROL
     return views
 
 
