@@ -351,12 +351,13 @@ def evaluate(
     recipe: Annotated[str, typer.Option(help="fast; accurate; or paper: STFPM as published.")] = "fast",
     steps: Annotated[int | None, typer.Option(min=1)] = None,
     input_size: Annotated[int | None, typer.Option(min=64)] = None,
+    false_reject_rate: Annotated[float | None, typer.Option(help="Share of normal images that may fail.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Trainings per set, seeds 0, 1, ...")] = 1,
     to: Annotated[Path | None, typer.Option("--out", help="Folder for figures, scores and a page to look at.")] = None,
     as_json: Json = False,
 ) -> None:
     """Train on a labelled set's normal images and measure how well its defects are found. Needs no application."""
-    from cluster.evaluating import evaluate_detectors
+    from cluster.evaluating import evaluate_detectors, remarks
     from cluster.evaluation_choice import chosen_settings
     from cluster.evaluation_tables import evaluation_tables
     from models.figures import as_document
@@ -366,6 +367,7 @@ def evaluate(
         "weights": str(weights) if weights else None,
         "steps": steps,
         "input_size": input_size,
+        "false_reject_rate": false_reject_rate,
     }
     names = [*(detector or []), *(name.strip() for name in (compare or "").split(",") if compare)]
     chosen = chosen_settings(recipe, names, option or [], {k: v for k, v in overrides.items() if v is not None})
@@ -375,6 +377,8 @@ def evaluate(
     else:
         for table in evaluation_tables(evaluations):
             out.print(table.render())
+    for line in remarks(evaluations):
+        _say(line)
     if to is not None:
         _say(f"report in {to / 'index.html'}")
 

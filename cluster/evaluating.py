@@ -1,5 +1,6 @@
 """`proctor evaluate`: accuracy and speed of detectors on labelled sets, with a report to look at."""
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -53,3 +54,15 @@ def _progress(console: Console) -> Iterator[EvaluationProgress]:
             progress.update(task, description=text, total=step.total, completed=step.done, loss=loss)
 
         yield show
+
+
+def remarks(evaluations: Sequence[Evaluation]) -> list[str]:
+    """What a reader of the figures should know: thresholds that rest on few images."""
+    rate = evaluations[0].settings.false_reject_rate
+    enough = math.ceil(1 / rate) - 1
+    few = {result.name: result.held_out for each in evaluations for result in each.results if result.held_out < enough}
+    return [
+        f"{name}: the threshold rests on {count} held-out images where {rate:.1%} false rejects need {enough}; "
+        "its margin may let defects pass: give more images, or a looser --false-reject-rate"
+        for name, count in few.items()
+    ]

@@ -35,4 +35,6 @@ def make_detector(name: str, options: dict[str, Any] | None = None) -> Detector:
     except ValidationError as error:
         first = error.errors()[0]
         option = ".".join(str(part) for part in first["loc"])
-        raise ModelError(f"detector {name}, option '{option}': {first['msg']}, found {first['input']!r}") from None
+        where = f", option '{option}'" if option else ""
+        found = f", found {first['input']!r}" if option else ""
+        raise ModelError(f"detector {name}{where}: {first['msg']}{found}") from None

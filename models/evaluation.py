@@ -167,6 +167,7 @@ def _judge(
         aupro_30=of_pixels[1],
         aupro_5=of_pixels[2],
         threshold=threshold,
+        held_out=len(trained.calibration.scores),
         false_reject_rate=float(fails[~defects].mean()),
         detection_rate=float(fails[defects].mean()),
         train_seconds=trained.seconds,

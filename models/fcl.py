@@ -54,6 +54,8 @@ class FCL(Detector):
         """Write down the defaults too: a version must not change when they do."""
         if "fusion" in value:
             raise ValueError("the host's fusion counts for nothing: set fusion beside host_options")
+        if "host" not in info.data:
+            return value  # the host is no host, which is said of that field
         try:
             return HOSTS[info.data["host"]].model_validate(value).model_dump(exclude={"fusion"})
         except ValidationError as error:

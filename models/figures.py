@@ -69,6 +69,7 @@ class SetResult(Figures):
         test_good: Normal test images.
         test_defects: Defective test images.
         threshold: From the training's own held-out normals.
+        held_out: How many they were.
         kinds: The kinds of test image, the normal ones first.
     """
 
@@ -78,6 +79,7 @@ class SetResult(Figures):
     test_good: int
     test_defects: int
     threshold: float
+    held_out: int
     kinds: list[KindResult]
 
 

@@ -254,6 +254,7 @@ def test_tables_on_the_terminal(tmp_path, monkeypatch, capsys):
     captured = capsys.readouterr()
     assert "associative, efficientnet_lite0, 64²" in captured.out
     assert "training and speed" in captured.out
+    assert "held-out images where 1.0% false rejects need 99" in captured.err.replace("\n", " ")
     assert str(tmp_path / "out/index.html") in captured.err.replace("\n", "")
     page = (tmp_path / "out/index.html").read_text()
     assert "summary.png" not in page  # one point is no picture

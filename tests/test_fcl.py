@@ -131,6 +131,11 @@ def test_flattened_weighs_positions_by_their_strength():
     assert float(bare.loss(pairs)) == pytest.approx(0.5, abs=1e-6)
 
 
+def test_a_host_that_is_none_is_named():
+    with pytest.raises(ModelError, match=r"detector fcl, option 'host': .*'stfpm', 'asymts' or 'reverse'"):
+        make_detector("fcl", {"host": "associative"})
+
+
 def test_the_hosts_defaults_are_written_down_and_its_fusion_refused():
     recorded = FCL(host="reverse", host_options={"width": 0.25}).model_dump()["host_options"]
     assert recorded == Reverse(width=0.25).model_dump(exclude={"fusion"})
