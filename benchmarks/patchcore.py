@@ -33,12 +33,14 @@ class Settings:
         coreset: Share of the vectors that the bank keeps.
         sigma: Standard deviation of the map's Gaussian in pixels, 0 for none.
         reweight: Score an image by the paper's equation 7 in place of its map's maximum.
+        random: Draw the bank's vectors at random, for measuring speed: the greedy choice takes minutes.
     """
 
     size: int = 256
     coreset: float = 0.1
     sigma: float = 4.0
     reweight: bool = False
+    random: bool = False
 
 
 class PatchCore:
@@ -71,7 +73,11 @@ class PatchCore:
             matrix = torch.randn(vectors.shape[1], PROJECTED, generator=generator) / math.sqrt(PROJECTED)
             projected = vectors @ matrix.to(self._device)
         first = int(torch.randint(len(vectors), (1,), generator=generator))
-        chosen = greedy_coreset(projected, max(1, round(settings.coreset * len(vectors))), first)
+        count = max(1, round(settings.coreset * len(vectors)))
+        if settings.random:
+            chosen = torch.randperm(len(vectors), generator=generator)[:count].to(self._device)
+        else:
+            chosen = greedy_coreset(projected, count, first)
         self.bank = vectors[chosen].to(self._dtype)
         self._half_square = self.bank.float().square().sum(dim=1).mul(0.5)
 

@@ -39,7 +39,9 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def figure(found: Sequence[float] | None) -> str:
     """Return 'mean ± spread', or a dash where nothing was measured."""
-    return "-" if not found else f"{found[0]:.1f} ± {found[1]:.1f}"
+    if not found:
+        return "-"
+    return f"{found[0]:.1f}" + ("" if found[1] is None else f" ± {found[1]:.1f}")
 
 
 def of_suites(rows: Sequence[Row], suites: Sequence[str]) -> str | None:
