@@ -57,11 +57,17 @@ def _progress(console: Console) -> Iterator[EvaluationProgress]:
 
 
 def remarks(evaluations: Sequence[Evaluation]) -> list[str]:
-    """What a reader of the figures should know: thresholds that rest on few images."""
+    """What a reader of the figures should know: thresholds that rest on few images, masks that are missing."""
     rate = evaluations[0].settings.false_reject_rate
     enough = math.ceil(1 / rate) - 1
     few = {result.name: result.held_out for each in evaluations for result in each.results if result.held_out < enough}
-    return [
+    results = [result for each in evaluations for result in each.results]
+    partly = {each.name: each for each in results if 0 < each.without_mask < each.test_defects}
+    masks = [
+        f"{name}: {each.without_mask} of {each.test_defects} defects lack a mask, so pixels are not measured"
+        for name, each in partly.items()
+    ]
+    return masks + [
         f"{name}: the threshold rests on {count} held-out images where {rate:.1%} false rejects need {enough}; "
         "its margin may let defects pass: give more images, or a looser --false-reject-rate"
         for name, count in few.items()

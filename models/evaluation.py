@@ -168,6 +168,7 @@ def _judge(
         aupro_5=of_pixels[2],
         threshold=threshold,
         held_out=len(trained.calibration.scores),
+        without_mask=len(each.without_mask),
         false_reject_rate=float(fails[~defects].mean()),
         detection_rate=float(fails[defects].mean()),
         train_seconds=trained.seconds,

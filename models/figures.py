@@ -70,6 +70,7 @@ class SetResult(Figures):
         test_defects: Defective test images.
         threshold: From the training's own held-out normals.
         held_out: How many they were.
+        without_mask: Defective test images that lack a mask; with any, nothing is measured of pixels.
         kinds: The kinds of test image, the normal ones first.
     """
 
@@ -80,6 +81,7 @@ class SetResult(Figures):
     test_defects: int
     threshold: float
     held_out: int
+    without_mask: int
     kinds: list[KindResult]
 
 

@@ -245,6 +245,14 @@ def test_a_browser_shows_the_page(report, tmp_path):
     assert len(np.unique(seen.reshape(-1, 3), axis=0)) > 1000  # pictures, not an empty page
 
 
+def test_a_mask_that_is_missing_is_said(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("models.judging._TIMED_S", 0.0)
+    write_set(tmp_path / "weave", 3, 3)
+    next(iter(sorted((tmp_path / "weave/ground_truth").rglob("*.png")))).unlink()
+    assert run(monkeypatch, "evaluate", "--data", tmp_path / "weave", "--steps", 2, "--input-size", 64) == 0
+    assert "defects lack a mask, so pixels are not measured" in capsys.readouterr().err.replace("\n", " ")
+
+
 def test_tables_on_the_terminal(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("models.judging._TIMED_S", 0.0)
     write_set(tmp_path / "weave", 3, 3)
