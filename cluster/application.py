@@ -69,7 +69,7 @@ def build_application(config: ProctorConfig, places: Places) -> serve.Applicatio
         graceful_shutdown_timeout_s=_DRAIN_S,
         graceful_shutdown_wait_loop_s=0.1,
         max_ongoing_requests=32,
-    ).bind(places, config.worker, config.serve.threads or math.ceil(config.serve.num_cpus))
+    ).bind(places, config.worker_settings(), config.serve.threads or math.ceil(config.serve.num_cpus))
     return build_ingress(APPLICATION, INSPECTOR, config.http.token).bind(inspector)
 
 

@@ -96,13 +96,14 @@ class TrainerSettings(_Section):
 
 
 class ProductSettings(_Section):
-    """What one product's training has different from `[training]`."""
+    """What one product has different: its training from `[training]`, its takt from `[worker]`."""
 
     detector: str | None = None
     detector_options: dict[str, Any] | None = None
     teacher: str | None = None
     input_size: int | None = None
     false_reject_rate: float | None = None
+    takt_ms: float | None = Field(default=None, gt=0, description="a frame's verdict is due so long after its capture")
 
 
 class ProctorConfig(BaseSettings):
@@ -157,8 +158,13 @@ class ProctorConfig(BaseSettings):
 
     def training_for(self, product: str) -> TrainingSettings:
         """Return `[training]` with what `[products.NAME]` overrides; another detector has its own options."""
-        overrides = self.products.get(product, ProductSettings()).model_dump(exclude_none=True)
+        overrides = self.products.get(product, ProductSettings()).model_dump(exclude_none=True, exclude={"takt_ms"})
         return self.training.changed(overrides)
+
+    def worker_settings(self) -> WorkerSettings:
+        """Return `[worker]` with the takt of every product that has its own."""
+        takts = {name: product.takt_ms for name, product in self.products.items() if product.takt_ms is not None}
+        return self.worker.model_copy(update={"product_takt_ms": self.worker.product_takt_ms | takts})
 
 
 def load_config(path: Path | None = None, home: Path | None = None) -> ProctorConfig:

@@ -18,36 +18,9 @@ from redis.exceptions import (
 from producers import keys
 from producers.errors import FrameError, ServerUnavailable
 from producers.frame import Frame, check_camera, check_product
+from producers.publishing import PUBLISH, SHED
+from producers.retention import Retention
 from producers.settings import PublisherSettings
-
-# One step, so that stream, ledger and waiting set never disagree. A frame whose sequence number and capture time
-# are the camera's last ones is not added again: a publish repeated after a lost reply counts once. Any other number
-# that is not above the last one comes from a second producer under the same name.
-_PUBLISH = """
-local camera, seq = ARGV[2], ARGV[3]
-local last = redis.call('HGET', KEYS[2], camera .. ':last_seq')
-if last and tonumber(seq) <= tonumber(last) then
-  if seq == last and redis.call('HGET', KEYS[2], camera .. ':last_captured_at_ns') == ARGV[4] then return 'added' end
-  return last
-end
-if redis.call('XLEN', KEYS[1]) >= tonumber(ARGV[1]) then return 'full' end
-redis.call('XADD', KEYS[1], '*', 'v', ARGV[5], 'camera', camera, 'seq', seq, 'captured_at_ns', ARGV[4],
-    'codec', ARGV[6], 'shape', ARGV[7], 'data', ARGV[8])
-redis.call('HINCRBY', KEYS[2], camera .. ':captured', 1)
-redis.call('HSET', KEYS[2], camera .. ':last_seq', seq, camera .. ':last_captured_at_ns', ARGV[4])
-redis.call('ZADD', KEYS[3], math.floor(tonumber(ARGV[4]) / 1e6), camera .. '/' .. seq)
-if last then return 'added' end
-return 'first'
-"""
-
-_SHED = """
-local camera, seq = ARGV[1], ARGV[2]
-local last = redis.call('HGET', KEYS[1], camera .. ':last_seq')
-if last and tonumber(seq) <= tonumber(last) then return end
-redis.call('HINCRBY', KEYS[1], camera .. ':captured', 1)
-redis.call('HINCRBY', KEYS[1], camera .. ':shed', 1)
-redis.call('HSET', KEYS[1], camera .. ':last_seq', seq, camera .. ':last_captured_at_ns', ARGV[3])
-"""
 
 
 class Published(Enum):
@@ -58,20 +31,28 @@ class Published(Enum):
 
 
 class Publisher:
-    """Publishes the frames of any cameras; safe to share between threads.
+    """Publishes the frames of any cameras; safe to share between threads, each camera's frames in order.
 
-    With the policy `block`, `publish` waits while `max_in_flight` frames of the product wait for their verdict.
+    Promise: a frame that `publish` returned for is in the stream or counted as shed. One that the server forgets
+    again, since it came back from a power cut without its last second, is sent again from what is retained; what is
+    retained no more is counted as lost, with its range. The first frame of a camera begins its run: numbers between
+    that and any later one are frames.
 
     Args:
         server: a client that returns bytes.
-        settings: codec, bounds and patience.
+        settings: codec, bounds, policy and patience.
     """
 
     def __init__(self, server: redis.Redis, settings: PublisherSettings) -> None:
         self._server, self._settings = server, settings
-        self._publish = server.register_script(_PUBLISH)
-        self._shed = server.register_script(_SHED)
+        self._publish = server.register_script(PUBLISH)
+        self._shed = server.register_script(SHED)
         self._announced: set[str] = set()
+        self._firsts: dict[tuple[str, str], int] = {}
+        self._retention = Retention(settings.retain_s, int(settings.retain_mb * 2**20))
+        self._retention_lock = threading.Lock()
+        self._memory_full = False
+        self._memory_read_at = float("-inf")
 
     def last_seq(self, product: str, camera: str) -> int:
         """The camera's last used sequence number in the ledger, 0 if it has none."""
@@ -81,8 +62,12 @@ class Publisher:
         except RedisError as error:
             raise ServerUnavailable(f"Redis did not answer: {error}") from None
 
+    def begin_run(self, product: str, camera: str, first: int) -> None:
+        """Say that a camera's run began with number `first`, where that is not the first frame that comes here."""
+        self._firsts[product, camera] = first
+
     def publish(self, frame: Frame, stop: threading.Event | None = None) -> Published:
-        """Publish one frame; blocks while the product's stream is full.
+        """Publish one frame; what happens when a bound is reached is the policy's.
 
         Args:
             frame: the frame.
@@ -95,22 +80,44 @@ class Publisher:
                 password or the frame. The frame was not published as far as is known; publishing it again is safe.
         """
         stop = stop or threading.Event()
+        self._firsts.setdefault((frame.product, frame.camera), frame.seq)
+        known_from = self._deliver(frame, stop, declare=False)
+        if isinstance(known_from, Published):
+            return known_from
+        with self._retention_lock:
+            retained = self._retention.since(frame, known_from)
+        for old in retained:  # what of them a second answer shows to be there already is not added twice
+            self._deliver(old, stop, declare=True)
+        published = self._deliver(frame, stop, declare=True)
+        assert isinstance(published, Published)  # a declared gap is counted, not refused
+        return published
+
+    def _deliver(self, frame: Frame, stop: threading.Event, *, declare: bool) -> Published | int:
+        """Publish one frame, or return the number from which on the server knows nothing of the camera's run."""
         pause_s = 0.002
         while True:
-            reply = self._with_patience(frame, self._add, stop)
-            if reply == b"added":
+            word, _, number = self._with_patience(frame, lambda each: self._add(each, declare), stop).partition(" ")
+            if word == "added":
+                with self._retention_lock:
+                    self._retention.keep(frame, time.monotonic())
                 return Published.ADDED
-            if reply != b"full":
+            if word == "shed":
+                return Published.SHED
+            if word == "gap":
+                return int(number)
+            if word == "behind":
+                if declare:  # sent again, yet not forgotten: another thread of ours was faster
+                    return Published.ADDED
                 raise FrameError(
-                    f"{frame.frame_id} is not above seq {int(reply)}, the camera's last: another producer pushes as "
+                    f"{frame.frame_id} is not above seq {number}, the camera's last: another producer pushes as "
                     f"camera {frame.camera!r}; give each its own name"
                 )
             if stop.wait(pause_s):
-                self._with_patience(frame, self._give_up, stop)
+                self._with_patience(frame, lambda each: self._give_up(each, "stopped while full"), stop)
                 return Published.SHED
             pause_s = min(pause_s * 1.5, 0.05)
 
-    def _with_patience(self, frame: Frame, step: Callable[[Frame], bytes], stop: threading.Event) -> bytes:
+    def _with_patience(self, frame: Frame, step: Callable[[Frame], str], stop: threading.Event) -> str:
         give_up_at = time.monotonic() + self._settings.retry_s
         pause_s = 0.05
         while True:
@@ -119,20 +126,28 @@ class Publisher:
             except AuthenticationError as error:
                 raise ServerUnavailable(f"Redis refuses the password: {error}") from None
             except RedisError as error:
+                if isinstance(error, OutOfMemoryError) and self._settings.policy != "block":
+                    step = self._given_up_for_memory
+                    continue
                 if not _may_pass(error):
                     raise ServerUnavailable(f"Redis refuses frame {frame.frame_id}: {error}") from None
-                if time.monotonic() > give_up_at or stop.wait(pause_s):
-                    waited_s = time.monotonic() - give_up_at + self._settings.retry_s
-                    if "MISCONF" in str(error):
-                        raise ServerUnavailable(
-                            f"frame {frame.frame_id} was not published: Redis cannot write to its disk; free some "
-                            "space there, then push again"
-                        ) from None
-                    did = "refused frames" if isinstance(error, ResponseError) else "did not answer"
-                    raise ServerUnavailable(
-                        f"Redis {did} for {waited_s:.1f} s, frame {frame.frame_id} was not published: {error}"
-                    ) from None
+                self._raise_if_over(frame, error, give_up_at, stop.wait(pause_s))
                 pause_s = min(pause_s * 2, 1.0)
+
+    def _raise_if_over(self, frame: Frame, error: RedisError, give_up_at: float, stopped: bool) -> None:
+        """Raise when the server has stayed away for too long, or the waiting was stopped."""
+        if time.monotonic() <= give_up_at and not stopped:
+            return
+        waited_s = time.monotonic() - give_up_at + self._settings.retry_s
+        if "MISCONF" in str(error):
+            raise ServerUnavailable(
+                f"frame {frame.frame_id} was not published: Redis cannot write to its disk; free some "
+                "space there, then push again"
+            ) from None
+        did = "refused frames" if isinstance(error, ResponseError) else "did not answer"
+        raise ServerUnavailable(
+            f"Redis {did} for {waited_s:.1f} s, frame {frame.frame_id} was not published: {error}"
+        ) from None
 
     def _announce(self, product: str) -> None:
         """Make the product known to readers; frames of an unknown one would wait for ever."""
@@ -140,26 +155,69 @@ class Publisher:
             self._server.sadd(keys.PRODUCTS, product)
             self._announced.add(product)
 
-    def _add(self, frame: Frame) -> bytes:
-        fields = frame.to_fields()
-        product = frame.product
+    def _add(self, frame: Frame, declare: bool) -> str:
+        fields, product, settings = frame.to_fields(), frame.product, self._settings
         self._announce(product)
         reply = self._publish(
-            keys=[keys.frames(product), keys.ledger(product), keys.waiting(product)],
-            args=[
-                self._settings.max_in_flight,
-                *(fields[name] for name in ("camera", "seq", "captured_at_ns", "v", "codec", "shape", "data")),
+            keys=[
+                keys.frames(product),
+                keys.ledger(product),
+                keys.waiting(product),
+                keys.unanswered(product),
+                keys.late(product),
+                keys.held(product),
+                keys.verdicts(product),
+                keys.gaps(product),
+                keys.tally(product),
             ],
-        )
-        if reply != b"first":
+            args=[
+                product,
+                *(fields[name] for name in ("camera", "seq", "captured_at_ns")),
+                self._firsts[product, frame.camera],
+                int(declare),
+                time.time_ns() // 1_000_000,
+                int(self._memory_is_full()),
+                settings.policy,
+                settings.max_in_flight,
+                int(settings.max_in_flight_mb * 2**20),
+                settings.verdicts_kept,
+                *(fields[name] for name in ("v", "codec", "shape", "data")),
+            ],
+        ).decode()
+        if reply != "first":
             return reply
         # a new camera, or a server that came back without its data and with it forgot the product
         self._announced.discard(product)
         self._announce(product)
-        return b"added"
+        return "added"
 
-    def _give_up(self, frame: Frame) -> bytes:
-        return self._shed(keys=[keys.ledger(frame.product)], args=[frame.camera, frame.seq, frame.captured_at_ns])
+    def _memory_is_full(self) -> bool:
+        """Whether the server's memory is nearly used up; looked up twice a second."""
+        if time.monotonic() - self._memory_read_at > 0.5:
+            memory = self._server.info("memory")
+            limit = int(memory.get("maxmemory", 0))
+            self._memory_full = 0 < self._settings.memory_share * limit < int(memory["used_memory"])
+            self._memory_read_at = time.monotonic()
+        return self._memory_full
+
+    def _given_up_for_memory(self, frame: Frame) -> str:
+        return self._give_up(frame, f"{self._settings.policy} memory")
+
+    def _give_up(self, frame: Frame, reason: str) -> str:
+        product = frame.product
+        self._shed(
+            keys=[keys.ledger(product), keys.verdicts(product), keys.gaps(product), keys.tally(product)],
+            args=[
+                product,
+                frame.camera,
+                frame.seq,
+                frame.captured_at_ns,
+                self._firsts.get((product, frame.camera), frame.seq),
+                reason,
+                self._settings.verdicts_kept,
+            ],
+        )
+        return "shed"
 
 
 def _may_pass(error: RedisError) -> bool:

@@ -28,6 +28,8 @@ class MemoryServer:
         dead: likewise dead-lettered.
         reasons: of the dead letters.
         verdicts: everything that was sent.
+        answered: ids of the frames that have a verdict.
+        late: ids of the frames that a deadline answered.
         journal: what happened, in order: (`verdict` or `settle`, sequence number).
     """
 
@@ -40,6 +42,8 @@ class MemoryServer:
         self.reasons: list[str] = []
         self.verdicts: list[VerdictMessage] = []
         self.journal: list[tuple[str, int]] = []
+        self.answered: set[str] = set()
+        self.late: set[str] = set()
         self.changed = threading.Condition()
         self._ids = itertools.count(1)
 
@@ -110,14 +114,17 @@ class MemoryStream:
 
         return self._call(take_over)
 
-    def send_verdicts(self, verdicts: Sequence[VerdictMessage]) -> None:
+    def send_verdicts(self, verdicts: Sequence[VerdictMessage]) -> set[str]:
         """See FrameStream."""
 
-        def send() -> None:
-            self._server.verdicts += verdicts
-            self._server.journal += [("verdict", verdict.seq) for verdict in verdicts]
+        def send() -> set[str]:
+            new = [each for each in verdicts if each.frame_id not in self._server.answered | self._server.late]
+            self._server.verdicts += new
+            self._server.answered |= {each.frame_id for each in new}
+            self._server.journal += [("verdict", verdict.seq) for verdict in new]
+            return {each.frame_id for each in verdicts} & self._server.late
 
-        self._call(send)
+        return self._call(send)
 
     def settle(self, settlements: Sequence[Settlement]) -> None:
         """See FrameStream."""

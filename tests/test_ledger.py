@@ -36,9 +36,14 @@ def say(stream: RedisStream, entries: list[Entry], verdict: str, version: str) -
     )
 
 
+def settled(entry: Entry, frame: Frame) -> Settlement:
+    size = len(frame.picture.data)
+    return Settlement(frame.product, entry.id, frame.camera, frame.seq, "pass", size, frame.captured_at_ns)
+
+
 def settle(stream: RedisStream, entries: list[Entry]) -> None:
     frames = [Frame.from_fields(entry.product, entry.fields) for entry in entries]
-    stream.settle([Settlement(f.product, e.id, f.camera, f.seq) for e, f in zip(entries, frames, strict=True)])
+    stream.settle([settled(entry, frame) for entry, frame in zip(entries, frames, strict=True)])
 
 
 def test_an_empty_server_has_an_empty_ledger(server):
@@ -52,7 +57,7 @@ def test_every_station_of_a_frame_is_counted(server, publisher, stream):
         publisher.publish(new_frame(seq, camera="cam-1"))
     publisher.publish(new_frame(1, camera="cam-2"))
     publisher.publish(new_frame(1, product="nut"))
-    publisher._give_up(new_frame(7, camera="cam-1"))
+    publisher._give_up(new_frame(7, camera="cam-1"), "stopped")
     entries = [entry for entry in stream.read(6, 1) if entry.product == "bolt"]
     assert len(entries) == 3
     say(stream, entries[:2], "pass", "v1")
@@ -103,9 +108,10 @@ def test_a_frame_that_vanished_is_seen(server, publisher):
     assert bolt.as_dict()["balanced"] is False
 
 
-@pytest.mark.parametrize("name", ["captured", "judged", "shed", "dead", "in_flight"])
+@pytest.mark.parametrize("name", ["captured", "judged", "shed", "dead", "lost", "in_flight"])
 def test_the_balance_is_a_real_check(name):
-    account = {"captured": 10, "judged": 4, "shed": 3, "dead": 1, "in_flight": 2}
+    account = {"captured": 15, "judged": 4, "shed": 3, "dead": 1, "lost": 5, "in_flight": 2}
+    account |= {"verdicts": {"pass": 2, "fail": 1, "unknown": 1, "late": 1}}
     assert CameraLedger("bolt", "cam-1", **account).balanced
     assert not CameraLedger("bolt", "cam-1", **account | {name: account[name] + 1}).balanced
 

@@ -38,7 +38,8 @@ def account(server: redis.Redis, camera: str = "cam-1", product: str = "bolt") -
 
 def settlement(entry: Entry) -> Settlement:
     frame = Frame.from_fields(entry.product, entry.fields)
-    return Settlement(entry.product, entry.id, frame.camera, frame.seq)
+    size = len(frame.picture.data)
+    return Settlement(entry.product, entry.id, frame.camera, frame.seq, "pass", size, frame.captured_at_ns)
 
 
 def verdict(seq: int) -> VerdictMessage:
@@ -361,9 +362,8 @@ def test_an_emptied_server_is_read_again(server, stream):
 
 def test_leaving_removes_only_a_consumer_that_holds_nothing(server, stream, other):
     publish(server, new_frame(1), new_frame(1, product="nut"))
-    stream.read(8, 1)
-    other.read(8, 1)
-    stream.settle([Settlement("nut", entry["message_id"], "cam-1", 1) for entry in pending(server, "nut")])
+    held = stream.read(8, 1) + other.read(8, 1)
+    stream.settle([settlement(entry) for entry in held if entry.product == "nut"])
     stream.close()
     other.close()
     assert consumers(server, "bolt") == {b"me"}

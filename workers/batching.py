@@ -1,5 +1,6 @@
-"""Batches over products, closed by size or by the age of their oldest member. Pure: the clock is an argument."""
+"""Batches over products, closed by size, by the age of their oldest member or by a deadline. The clock is an argument."""
 
+import math
 from collections import deque
 from typing import Generic, TypeVar
 
@@ -25,9 +26,9 @@ class Batcher(Generic[T]):
         """What waits, oldest first."""
         return [item for _, item in self._waiting]
 
-    def add(self, item: T, now_s: float) -> None:
-        """Queue `item`, which arrived at `now_s`."""
-        self._waiting.append((now_s, item))
+    def add(self, item: T, now_s: float, close_by_s: float = math.inf) -> None:
+        """Queue `item`, which arrived at `now_s` and whose batch must close by `close_by_s`."""
+        self._waiting.append((min(now_s + self._wait_s, close_by_s), item))
 
     def wait_s(self, now_s: float) -> float | None:
         """Seconds until a batch is due, 0 if one is, None if nothing waits."""
@@ -35,7 +36,7 @@ class Batcher(Generic[T]):
             return None
         if len(self._waiting) >= self._max_batch:
             return 0.0
-        return max(0.0, self._waiting[0][0] + self._wait_s - now_s)
+        return max(0.0, min(due_s for due_s, _ in self._waiting) - now_s)
 
     def take(self, now_s: float) -> list[T]:
         """The batch that is due, oldest first; empty if none is."""
@@ -43,7 +44,7 @@ class Batcher(Generic[T]):
 
     def put_back(self, items: list[T], now_s: float) -> None:
         """Return a batch that could not be judged yet to the front of the queue."""
-        self._waiting.extendleft((now_s, item) for item in reversed(items))
+        self._waiting.extendleft((now_s + self._wait_s, item) for item in reversed(items))
 
     def drain(self) -> list[T]:
         """The next batch, due or not, oldest first; empty if nothing waits."""

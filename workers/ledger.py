@@ -1,7 +1,7 @@
 """The ledger: what became of every frame, per product and camera."""
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import redis
@@ -10,6 +10,8 @@ from redis.exceptions import RedisError, ResponseError
 from producers import keys
 from workers.errors import StreamUnavailable
 
+VERDICTS = ("pass", "fail", "unknown")
+SKEW_LIMIT_MS = 1000
 _RATE_WINDOW_S = 10.0
 
 
@@ -23,12 +25,16 @@ class CameraLedger:
         captured: frames taken by the camera.
         judged: frames with a verdict and a durable row.
         shed: frames given up before the stream.
-        dead: entries in the dead-letter stream.
+        dead: entries that went to the dead-letter stream.
+        lost: frames that the camera took and the server never got or forgot, found by the gap in their numbers.
         in_flight: frames that wait for their verdict or their row.
         oldest_s: age of the oldest frame in flight, seconds since its capture; None if none waits.
         frames_per_s: verdicts of the last seconds.
         model_version: version of the newest verdict, empty if there is none.
         last_verdict: the newest verdict, empty if there is none.
+        verdicts: judged frames by verdict; `late` of them were answered `unknown` by their deadline.
+        shed_by: shed frames by policy and bound.
+        skew_ms: the producer's clock minus the server's when the newest frame was sent, None if unknown.
     """
 
     product: str
@@ -37,16 +43,27 @@ class CameraLedger:
     judged: int = 0
     shed: int = 0
     dead: int = 0
+    lost: int = 0
     in_flight: int = 0
     oldest_s: float | None = None
     frames_per_s: float = 0.0
     model_version: str = ""
     last_verdict: str = ""
+    verdicts: dict[str, int] = field(default_factory=dict)
+    shed_by: dict[str, int] = field(default_factory=dict)
+    skew_ms: int | None = None
 
     @property
     def balanced(self) -> bool:
-        """Whether captured = judged + shed + dead + in_flight."""
-        return self.captured == self.judged + self.shed + self.dead + self.in_flight
+        """Whether captured = judged + shed + dead + lost + in_flight, and the judged are those of all verdicts."""
+        verdicts = sum(self.verdicts.get(verdict, 0) for verdict in VERDICTS)
+        settled = self.judged + self.shed + self.dead + self.lost
+        return self.captured == settled + self.in_flight and self.judged == verdicts
+
+    @property
+    def skewed(self) -> bool:
+        """Whether the producer's clock is so far off that its capture times mislead."""
+        return self.skew_ms is not None and abs(self.skew_ms) > SKEW_LIMIT_MS
 
 
 @dataclass(frozen=True)
@@ -101,10 +118,14 @@ def _product(server: redis.Redis, product: str) -> ProductLedger:
     counts, waiting, recent, latest = pipeline.execute()
     fields: dict[str, dict[str, Any]] = {}
     for name, count in counts.items():
-        camera, _, field = name.decode().rpartition(":")
+        camera, _, what = name.decode().rpartition(":")
         account = fields.setdefault(camera, {})
-        if field in ("captured", "judged", "shed", "dead"):
-            account[field] = int(count)
+        if what in ("captured", "judged", "shed", "dead", "lost", "skew_ms"):
+            account[what] = int(count)
+        elif what in (*VERDICTS, "late"):
+            account.setdefault("verdicts", {})[what] = int(count)
+        elif what.startswith("shed."):
+            account.setdefault("shed_by", {})[what.removeprefix("shed.")] = int(count)
     for member, captured_ms in waiting:
         account = fields.setdefault(member.decode().rpartition("/")[0], {})
         account["in_flight"] = account.get("in_flight", 0) + 1

@@ -9,7 +9,7 @@ import math
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -85,6 +85,7 @@ class InspectionLoop:
         self._rows_since = 0.0
         self._next_commit = 0.0
         self._next_recovery = 0.0
+        self._judge_s = 0.0  # what a batch takes, smoothed
         self.heartbeat = time.monotonic()
         self.judged = 0
         self._away: str | None = None
@@ -177,15 +178,24 @@ class InspectionLoop:
                 malformed.append((entry, str(error)))
                 continue
             image = self._decoders.submit(frame.picture.decode, int(self._settings.max_megapixels * 1e6))
-            self._batcher.add(_Taken(entry, frame, image, time.time_ns()), time.monotonic())
+            self._batcher.add(_Taken(entry, frame, image, time.time_ns()), time.monotonic(), self._close_by_s(frame))
         for entry, reason in malformed:
             logger.warning("dead-lettered an entry of %s: %s", entry.product, reason)
             self._stream.dead_letter(entry, "?", reason)
+
+    def _close_by_s(self, frame: Frame) -> float:
+        """When the frame's batch must close for its verdict to be in time, on the steady clock."""
+        takt_ms = self._settings.takt_of(frame.product)
+        if takt_ms is None:
+            return math.inf
+        left_s = (frame.captured_at_ns - time.time_ns()) / 1e9 + (takt_ms - self._settings.takt_margin_ms) / 1e3
+        return time.monotonic() + left_s - 1.5 * self._judge_s
 
     # --- judging
 
     def _judge(self, batch: list[_Taken]) -> None:
         """Judge a batch, send its verdicts, keep its rows. One row per frame, whatever is wrong with some."""
+        started = time.monotonic()
         try:
             outcomes = self._outcomes(batch)
         except StreamUnavailable:  # raised before anything was judged
@@ -196,22 +206,37 @@ class InspectionLoop:
         if not self._rows:
             self._rows_since = time.monotonic()
         for outcome in outcomes:
-            row = self._row(outcome)
-            self._rows.append(row)
-            frame = outcome.taken.frame
-            settlement = Settlement(frame.product, outcome.taken.entry.id, frame.camera, frame.seq)
-            self._row_entries.append((outcome.taken.entry, settlement))
-            self._unsent.append(_verdict(row))
+            self._unsent.append(_verdict(self._keep(outcome)))
         self.judged += len(batch)
+        took_s = time.monotonic() - started
+        self._judge_s = took_s if not self._judge_s else 0.8 * self._judge_s + 0.2 * took_s
         self._send()
 
+    def _keep(self, outcome: _Outcome) -> Row:
+        row = self._row(outcome)
+        self._rows.append(row)
+        entry, frame = outcome.taken.entry, outcome.taken.frame
+        size = len(frame.picture.data)
+        settlement = Settlement(
+            frame.product, entry.id, frame.camera, frame.seq, row.verdict, size, frame.captured_at_ns
+        )
+        self._row_entries.append((entry, settlement))
+        return row
+
     def _send(self) -> None:
-        """Send verdicts. The line's takt waits for them, so they go before the rows are durable; a frame that
-        is judged again after a crash sends its verdict again.
+        """Send verdicts. The line's takt waits for them, so they go before the rows are durable. A frame whose
+        deadline has passed was answered by `unknown`: its row says the same, beside the score that came too late.
         """
-        if self._unsent:
-            self._stream.send_verdicts(self._unsent)
-            self._unsent = []
+        if not self._unsent:
+            return
+        late = self._stream.send_verdicts(self._unsent)
+        self._unsent = []
+        for index in [index for index, row in enumerate(self._rows) if row.frame_id in late] if late else ():
+            row, (entry, settlement) = self._rows[index], self._row_entries[index]
+            takt_ms = self._settings.takt_of(row.product)
+            reason = f"late: no verdict within {takt_ms:g} ms" if takt_ms else "late"
+            self._rows[index] = replace(row, verdict=UNKNOWN, reason=row.reason or reason)
+            self._row_entries[index] = entry, replace(settlement, verdict=UNKNOWN)
 
     def _outcomes(self, batch: list[_Taken]) -> list[_Outcome]:
         residents = self._residents({taken.frame.product for taken in batch})

@@ -18,52 +18,12 @@ from producers.errors import FrameError
 from producers.frame import check_camera
 from workers.errors import StreamUnavailable
 from workers.settings import WorkerSettings
+from workers.settling import ANSWER, DEAD_LETTER, LATE, SETTLE
 from workers.stream import Entry, Settlement, VerdictMessage
-
-# Both scripts: an entry that is still there (XDEL = 1) is counted, a second settlement is not. An entry unknown
-# to the waiting set came from a producer that keeps no ledger; it is counted as captured here, so the ledger
-# balances for foreign producers too. One that somebody deleted while it was judged is known to the waiting set.
-_SETTLE = """
-local settled = 0
-for i = 2, #ARGV, 3 do
-  redis.call('XACK', KEYS[1], ARGV[1], ARGV[i])
-  local found = redis.call('XDEL', KEYS[1], ARGV[i])
-  local counted = redis.call('ZREM', KEYS[3], ARGV[i + 1] .. '/' .. ARGV[i + 2])
-  if found == 1 or counted == 1 then
-    if counted == 0 then redis.call('HINCRBY', KEYS[2], ARGV[i + 1] .. ':captured', 1) end
-    redis.call('HINCRBY', KEYS[2], ARGV[i + 1] .. ':judged', 1)
-    settled = settled + 1
-  end
-end
-return settled
-"""
-
-_DEAD_LETTER = """
-local entry = redis.call('XRANGE', KEYS[1], ARGV[2], ARGV[2])[1]
-redis.call('XACK', KEYS[1], ARGV[1], ARGV[2])
-if not entry then return 0 end
-local fields, camera, own, seq = entry[2], ARGV[3], '', ''
-for i = 1, #fields, 2 do
-  if fields[i] == 'camera' then own = fields[i + 1] end
-  if fields[i] == 'seq' then seq = fields[i + 1] end
-end
-if #fields <= 64 then
-  redis.call('XADD', KEYS[4], '*', 'reason', ARGV[4], unpack(fields))
-else
-  redis.call('XADD', KEYS[4], '*', 'reason', ARGV[4], 'fields', #fields / 2)
-end
-redis.call('XDEL', KEYS[1], ARGV[2])
-if redis.call('ZREM', KEYS[3], own .. '/' .. seq) == 1 then
-  camera = own
-else
-  redis.call('HINCRBY', KEYS[2], camera .. ':captured', 1)
-end
-redis.call('HINCRBY', KEYS[2], camera .. ':dead', 1)
-return 1
-"""
 
 P = ParamSpec("P")
 T = TypeVar("T")
+M = TypeVar("M", Settlement, VerdictMessage)
 
 
 def _translated(method: Callable[P, T]) -> Callable[P, T]:
@@ -90,8 +50,9 @@ class RedisStream:
 
     def __init__(self, server: redis.Redis, consumer: str, settings: WorkerSettings) -> None:
         self._server, self._consumer, self._settings = server, consumer, settings
-        self._settle = server.register_script(_SETTLE)
-        self._dead_letter = server.register_script(_DEAD_LETTER)
+        self._answer = server.register_script(ANSWER)
+        self._settle = server.register_script(SETTLE)
+        self._dead_letter = server.register_script(DEAD_LETTER)
         self._products: tuple[str, ...] = ()
         self._products_read_at = float("-inf")
 
@@ -178,46 +139,44 @@ class RedisStream:
         return [Entry(product, entry_id, fields) for entry_id, fields in claimed if fields]
 
     @_translated
-    def send_verdicts(self, verdicts: Sequence[VerdictMessage]) -> None:
+    def send_verdicts(self, verdicts: Sequence[VerdictMessage]) -> set[str]:
         """See FrameStream. The verdict streams are bounded: the newest `verdicts_kept` stay."""
-        pipeline = self._server.pipeline(transaction=False)
-        for verdict in verdicts:
-            pipeline.xadd(
-                keys.verdicts(verdict.product),
-                {
-                    "frame_id": f"{verdict.product}/{verdict.camera}/{verdict.seq}",
-                    "camera": verdict.camera,
-                    "seq": verdict.seq,
-                    "verdict": verdict.verdict,
-                    "score": repr(verdict.score),
-                    "threshold": repr(verdict.threshold),
-                    "model_version": verdict.model_version,
-                    "reason": verdict.reason,
-                    "total_ms": f"{verdict.total_ms:.3f}",
-                },
-                maxlen=self._settings.verdicts_kept,
-                approximate=True,
+        late: set[str] = set()
+        for product, group in _by_product(verdicts).items():
+            args: list[str | int] = [product, self._settings.verdicts_kept]
+            for verdict in group:
+                args += [verdict.camera, verdict.seq, verdict.verdict, repr(verdict.score), repr(verdict.threshold)]
+                args += [verdict.model_version, verdict.reason, f"{verdict.total_ms:.3f}"]
+            answers = self._answer(
+                keys=[
+                    keys.verdicts(product),
+                    keys.latest(product),
+                    keys.waiting(product),
+                    keys.unanswered(product),
+                    keys.late(product),
+                    keys.ledger(product),
+                ],
+                args=args,
             )
-            newest = f"{verdict.model_version} {verdict.verdict}"
-            pipeline.hset(keys.latest(verdict.product), verdict.camera, newest)
-        pipeline.execute()
+            late |= {each.frame_id for each, answer in zip(group, answers, strict=True) if answer == LATE}
+        return late
 
     @_translated
     def settle(self, settlements: Sequence[Settlement]) -> None:
         """See FrameStream. XACK alone frees no memory, so the entry is deleted in the same step."""
-        by_product: dict[str, list[str | bytes | int]] = {}
-        for item in settlements:
-            by_product.setdefault(item.product, [keys.GROUP]).extend([item.id, item.camera, item.seq])
-        for product, args in by_product.items():
-            self._settle(keys=[keys.frames(product), keys.ledger(product), keys.waiting(product)], args=args)
+        for product, group in _by_product(settlements).items():
+            args: list[str | bytes | int] = [keys.GROUP]
+            for item in group:
+                args += [item.id, item.camera, item.seq, item.verdict, item.size, item.captured_at_ns // 1_000_000]
+            self._settle(keys=_account(product), args=args)
 
     @_translated
     def dead_letter(self, entry: Entry, camera: str, reason: str) -> None:
         """See FrameStream."""
         product = entry.product
         self._dead_letter(
-            keys=[keys.frames(product), keys.ledger(product), keys.waiting(product), keys.dead(product)],
-            args=[keys.GROUP, entry.id, camera, reason],
+            keys=[*_account(product), keys.dead(product), keys.verdicts(product)],
+            args=[keys.GROUP, entry.id, camera, reason, product, self._settings.verdicts_kept],
         )
 
     @_translated
@@ -229,6 +188,26 @@ class RedisStream:
                 pending: Any = self._server.xpending_range(key, keys.GROUP, "-", "+", 1, self._consumer)
                 if not pending:
                     self._server.xgroup_delconsumer(key, keys.GROUP, self._consumer)
+
+
+def _account(product: str) -> list[str]:
+    """The keys of a product's stream and ledger, as the settling scripts take them."""
+    return [
+        keys.frames(product),
+        keys.ledger(product),
+        keys.waiting(product),
+        keys.unanswered(product),
+        keys.late(product),
+        keys.held(product),
+        keys.tally(product),
+    ]
+
+
+def _by_product(items: Sequence[M]) -> dict[str, list[M]]:
+    groups: dict[str, list[M]] = {}
+    for item in items:
+        groups.setdefault(item.product, []).append(item)
+    return groups
 
 
 def _camera(fields: dict[bytes, bytes]) -> str:

@@ -20,6 +20,7 @@ from models.registry import Registry
 from producers.errors import UnreadableImage
 from producers.frame import Picture, header_size
 from workers.engine import Engine, Judgement, Request
+from workers.deadlines import DeadlineWatch
 from workers.errors import NoModel, StreamUnavailable
 from workers.evidence import FAIL, PASS, UNKNOWN
 from workers.loop import InspectionLoop
@@ -72,9 +73,11 @@ class Replica:
         )
         self._stop = threading.Event()
         self._failure: BaseException | None = None
+        watch = DeadlineWatch(places.connect(), settings)
         self._threads = [
             threading.Thread(target=self._inspect, name="inspection-loop", daemon=True),
             threading.Thread(target=self._report, name="report", daemon=True),
+            threading.Thread(target=watch.run, args=(self._stop,), name="deadlines", daemon=True),
         ]
         for thread in self._threads:
             thread.start()

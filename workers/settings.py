@@ -24,9 +24,18 @@ class WorkerSettings(BaseModel):
     max_megapixels: float = Field(default=64.0, gt=0, le=178, description="178 is the decoder's own limit")
     max_deliveries: int = Field(default=3, ge=1, description="an entry delivered more often is dead-lettered")
     claim_idle_ms: int = Field(default=10_000, ge=100, description="an entry idle for longer is taken over")
+    takt_ms: float | None = Field(default=None, gt=0, description="a frame's verdict is due so long after its capture")
+    product_takt_ms: dict[str, float] = Field(
+        default={}, description="likewise, by product; set as products.NAME.takt_ms"
+    )
+    takt_margin_ms: float = Field(default=10.0, ge=0, description="a late frame is answered so long before it is due")
     segment_rows: int = Field(default=256, ge=1)
     segment_ms: float = Field(default=200.0, ge=0, description="longest wait of a row for its segment")
     verdicts_kept: int = Field(default=10_000, ge=1, description="length of a product's verdict stream")
     heartbeat_timeout_s: float = Field(default=20.0, gt=0, description="a loop silent for longer is replaced")
     pointer_poll_s: float = Field(default=0.5, gt=0, description="how often new versions are looked for")
     evidence: EvidenceSettings = EvidenceSettings()
+
+    def takt_of(self, product: str) -> float | None:
+        """Return within how many milliseconds of its capture a frame is due, None for no limit."""
+        return self.product_takt_ms.get(product, self.takt_ms)

@@ -22,12 +22,25 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Settlement:
-    """An entry whose row is durable, ready to be acknowledged."""
+    """An entry whose row is durable, ready to be acknowledged.
+
+    Attributes:
+        product: whose stream it is in.
+        id: the entry's id there.
+        camera: of the frame.
+        seq: of the frame.
+        verdict: of its row.
+        size: bytes of the entry's data.
+        captured_at_ns: of the frame.
+    """
 
     product: str
     id: bytes
     camera: str
     seq: int
+    verdict: str
+    size: int
+    captured_at_ns: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +57,11 @@ class VerdictMessage:
     reason: str
     total_ms: float
 
+    @property
+    def frame_id(self) -> str:
+        """`product/camera/seq`."""
+        return f"{self.product}/{self.camera}/{self.seq}"
+
 
 class FrameStream(Protocol):
     """Delivers entries at least once. Every method may raise StreamUnavailable; calling again is then safe."""
@@ -56,8 +74,12 @@ class FrameStream(Protocol):
         """Keep what is `held` from being taken over; take over at most `count` that a dead consumer left behind."""
         ...
 
-    def send_verdicts(self, verdicts: Sequence[VerdictMessage]) -> None:
-        """Publish verdicts."""
+    def send_verdicts(self, verdicts: Sequence[VerdictMessage]) -> set[str]:
+        """Publish verdicts, one for each frame: a frame that was answered before is not answered again.
+
+        Returns:
+            Ids of the frames that were answered by `unknown` when their deadline passed.
+        """
         ...
 
     def settle(self, settlements: Sequence[Settlement]) -> None:

@@ -1,0 +1,132 @@
+"""The scripts by which frames are answered and leave their stream: each is one step together with the ledger.
+
+A frame of the waiting set is counted when it leaves that set, so a second settlement counts nothing, and neither does
+a second entry of the same frame, as a publisher makes for a server that forgot its last second. An entry of a camera
+that has no account, or with a number that its account does not know yet, came from a producer that keeps no ledger; it
+is counted as captured here, so the ledger balances for foreign producers too.
+"""
+
+from producers.counting import COUNT, UNKNOWN_VERDICT
+
+# What ANSWER says of each verdict.
+SENT, REPEATED, LATE = 1, 0, 2
+
+# Each frame has one verdict: a second one, after a redelivery or a passed deadline, is not sent.
+# KEYS: verdicts latest waiting unanswered late ledger; ARGV: product kept, then 8 a verdict
+ANSWER = """
+local product, kept, answers = ARGV[1], ARGV[2], {}
+for i = 3, #ARGV, 8 do
+  local camera, seq, version = ARGV[i], ARGV[i + 1], ARGV[i + 5]
+  local member = camera .. '/' .. seq
+  local answer = 1
+  if redis.call('ZREM', KEYS[4], member) == 0 then
+    if redis.call('SISMEMBER', KEYS[5], member) == 1 then
+      answer = 2
+    elseif redis.call('ZSCORE', KEYS[3], member)
+        or tonumber(seq) <= tonumber(redis.call('HGET', KEYS[6], camera .. ':last_seq') or '-1') then
+      answer = 0
+    end
+  end
+  if answer == 1 then
+    redis.call('XADD', KEYS[1], 'MAXLEN', '~', kept, '*', 'frame_id', product .. '/' .. member, 'camera', camera,
+        'seq', seq, 'verdict', ARGV[i + 2], 'score', ARGV[i + 3], 'threshold', ARGV[i + 4],
+        'model_version', version, 'reason', ARGV[i + 6], 'total_ms', ARGV[i + 7])
+    redis.call('HSET', KEYS[2], camera, version .. ' ' .. ARGV[i + 2])
+  end
+  answers[#answers + 1] = answer
+end
+return answers
+"""
+
+# KEYS: frames ledger waiting unanswered late held tally; ARGV: group, then id camera seq verdict bytes captured_ms
+SETTLE = (
+    COUNT
+    + """
+local settled = 0
+for i = 2, #ARGV, 6 do
+  local camera, verdict, size = ARGV[i + 1], ARGV[i + 3], ARGV[i + 4]
+  local member = camera .. '/' .. ARGV[i + 2]
+  redis.call('XACK', KEYS[1], ARGV[1], ARGV[i])
+  local found = redis.call('XDEL', KEYS[1], ARGV[i])
+  local ms = redis.call('ZSCORE', KEYS[3], member)
+  if ms then
+    redis.call('ZREM', KEYS[3], member)
+    redis.call('ZREM', KEYS[4], member)
+    redis.call('DECRBY', KEYS[6], size)
+  end
+  local last = not ms and tonumber(redis.call('HGET', KEYS[2], camera .. ':last_seq') or '-1')
+  if ms or found == 1 and tonumber(ARGV[i + 2]) > last then
+    local when = tonumber(ms or ARGV[i + 5])
+    if not ms then count(KEYS[2], KEYS[7], when, camera, 'captured', 1) end
+    redis.call('HINCRBY', KEYS[2], camera .. ':judged', 1)
+    count(KEYS[2], KEYS[7], when, camera, verdict, 1)
+    if redis.call('SREM', KEYS[5], member) == 1 then count(KEYS[2], KEYS[7], when, camera, 'late', 1) end
+    settled = settled + 1
+  end
+end
+return settled
+"""
+)
+
+# KEYS: frames ledger waiting unanswered late held tally dead verdicts; ARGV: group id camera reason product kept
+DEAD_LETTER = (
+    COUNT
+    + UNKNOWN_VERDICT
+    + """
+local entry = redis.call('XRANGE', KEYS[1], ARGV[2], ARGV[2])[1]
+redis.call('XACK', KEYS[1], ARGV[1], ARGV[2])
+if not entry then return 0 end
+local fields, camera, own, seq, size = entry[2], ARGV[3], '', '', 0
+for i = 1, #fields, 2 do
+  if fields[i] == 'camera' then own = fields[i + 1] end
+  if fields[i] == 'seq' then seq = fields[i + 1] end
+  if fields[i] == 'data' then size = #fields[i + 1] end
+end
+if #fields <= 64 then
+  redis.call('XADD', KEYS[8], '*', 'reason', ARGV[4], unpack(fields))
+else
+  redis.call('XADD', KEYS[8], '*', 'reason', ARGV[4], 'fields', #fields / 2)
+end
+redis.call('XDEL', KEYS[1], ARGV[2])
+local member = own .. '/' .. seq
+local ms = redis.call('ZSCORE', KEYS[3], member)
+if ms then
+  camera = own
+  redis.call('ZREM', KEYS[3], member)
+  redis.call('DECRBY', KEYS[6], size)
+  local when = tonumber(ms)
+  if redis.call('ZREM', KEYS[4], member) == 1 then
+    answer_unknown(KEYS[9], ARGV[6], ARGV[5], own, seq, ARGV[4], server_ms() - when)
+  end
+  if redis.call('SREM', KEYS[5], member) == 1 then count(KEYS[2], KEYS[7], when, camera, 'late', 1) end
+else
+  ms = server_ms()
+  count(KEYS[2], KEYS[7], ms, camera, 'captured', 1)
+end
+count(KEYS[2], KEYS[7], tonumber(ms), camera, 'dead', 1)
+return 1
+"""
+)
+
+# Frames whose deadline comes within the margin and that have no verdict get one now: unknown, late. Returns how many,
+# and the milliseconds until the next frame's deadline, -1 if no frame is without a verdict.
+# KEYS: verdicts unanswered late; ARGV: product kept takt_ms margin_ms
+EXPIRE = (
+    COUNT
+    + UNKNOWN_VERDICT
+    + """
+local product, kept, takt_ms, margin_ms = ARGV[1], ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4])
+local now = server_ms()
+local due = redis.call('ZRANGEBYSCORE', KEYS[2], '-inf', now - takt_ms + margin_ms, 'WITHSCORES', 'LIMIT', 0, 500)
+for i = 1, #due, 2 do
+  local camera, seq = string.match(due[i], '^(.*)/(%d+)$')
+  redis.call('ZREM', KEYS[2], due[i])
+  redis.call('SADD', KEYS[3], due[i])
+  answer_unknown(KEYS[1], kept, product, camera, seq,
+      string.format('late: no verdict within %g ms', takt_ms), now - tonumber(due[i + 1]))
+end
+local following = redis.call('ZRANGE', KEYS[2], 0, 0, 'WITHSCORES')
+if #following == 0 then return {#due / 2, -1} end
+return {#due / 2, math.max(0, math.floor(tonumber(following[2]) + takt_ms - margin_ms - now))}
+"""
+)
