@@ -25,4 +25,3 @@ class PublisherSettings(BaseModel):
     retry_s: float = Field(default=10.0, ge=0, description="how long a lost server is waited for")
     retain_s: float = Field(default=3.0, ge=0, description="how long a published frame is kept, to send it again")
     retain_mb: float = Field(default=64.0, ge=0, description="data kept so at most")
-    verdicts_kept: int = Field(default=10_000, ge=1, description="length of a product's verdict stream")
