@@ -122,6 +122,40 @@ def assert_each_once(line: Line, frames: list[Frame]) -> None:
     }
 
 
+# --- in time and late
+
+
+def test_a_late_frame_keeps_its_score_beside_the_verdict_that_went_out(engine, tmp_path):
+    line = Line(engine, str(tmp_path / "results"), SETTINGS.model_copy(update={"takt_ms": 250.0}))
+    late, other = new_frame(1, product="nut"), new_frame(2, product="nut")
+    line.server.late.add(late.frame_id)
+    first, second = line.run(late, other)
+    assert (first["verdict"], first["reason"]) == ("unknown", "late: no verdict within 250 ms")
+    assert first["score"] is not None
+    assert (second["verdict"], second["reason"]) == ("fail", None)
+    assert [verdict.seq for verdict in line.server.verdicts] == [2]  # the late one had its verdict
+    assert line.server.balanced
+    line.loop.drain()
+
+
+def test_a_late_verdict_survives_a_lost_connection(engine, tmp_path):
+    line = Line(engine, str(tmp_path / "results"))
+    frame = new_frame(1, product="nut")
+    line.server.late.add(frame.frame_id)
+    line.stream.fail_at, line.stream.executed = 2, True  # the verdict is sent, its reply lost
+    (row,) = line.run(frame)
+    assert (row["verdict"], row["reason"]) == ("unknown", "late")
+    line.loop.drain()
+
+
+def test_a_batch_closes_early_for_a_frame_that_is_due(engine, tmp_path):
+    patient = SETTINGS.model_copy(update={"batch_wait_ms": 3.6e6, "takt_ms": 50.0})
+    line = Line(engine, str(tmp_path / "results"), patient)
+    (row,) = line.run(new_frame(1))  # which without a takt would wait for an hour
+    assert row["verdict"] == "pass"
+    line.loop.drain()
+
+
 # --- what becomes of a frame
 
 
