@@ -2,9 +2,9 @@
 
     python -m benchmarks.soak --json benchmarks/results/soak.json --picture docs/pictures/soak.png
 
-Real processes as in `benchmarks.faults`, without faults: as many frames as a line of ten frames a second takes in an hour
-are pushed as fast as the line goes. Reported: memory of every process and of the server after a third and at the end, the
-least-squares slope over the second half, and how many segments ever waited for the compactor.
+Real processes as in `benchmarks.faults`, without faults: as many frames as a line of ten frames a second takes in an
+hour are pushed as fast as the line goes. Reported: memory of every process and of the server after a third and at the
+end, the least-squares slope over the second half, and how many segments ever waited for the compactor.
 """
 
 import argparse
