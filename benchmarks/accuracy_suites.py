@@ -19,6 +19,7 @@ TEACHERS = ("efficientnet_lite0", "resnet18")
 _SAME = {"input_size": 128, "steps": 150, "batch_size": 8, "learning_rate": 3e-3, "schedule": "onecycle"}
 # Contextual blocks learn more slowly, and what neighbours' codes add shows in students that have learned.
 _LONGER = {"steps": 600}
+_LONGEST = {"steps": 1500}
 _NETWORK = {"width": 0.25, "hardest": 0.03}
 _DENSE = {"width": 0.5, "bottleneck": "dense", "scales": 2, "fusion": {"kind": "normalised", "score": "top"}}
 _CONTROL = {"fusion.smoothing": 4.0}
@@ -87,9 +88,9 @@ def _asymts() -> list[Way]:
         "no moving average": {"momentum": None},
         "plain blocks, no moving average": {"blocks": "plain", "momentum": None},
     }
-    stfpm = Way("asymts", "stfpm", _same("stfpm", _NETWORK, **_LONGER), {"": {}, "smoothed 4": _CONTROL}, one)
+    stfpm = Way("asymts", "stfpm", _same("stfpm", _NETWORK, **_LONGEST), {"": {}, "smoothed 4": _CONTROL}, one)
     return [stfpm] + [
-        Way("asymts", name, _same("asymts", _NETWORK | changes, **_LONGER), views, one)
+        Way("asymts", name, _same("asymts", _NETWORK | changes, **_LONGEST), views, one)
         for name, changes in parts.items()
     ]
 
