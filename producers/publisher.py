@@ -48,15 +48,21 @@ class Publisher:
     """
 
     def __init__(self, server: redis.Redis, settings: PublisherSettings) -> None:
-        self._server, self._settings = server, settings
-        self._publish = server.register_script(PUBLISH)
-        self._shed = server.register_script(SHED)
-        self._lost = server.register_script(LOST)
+        self._settings = settings
         self._announced: set[str] = set()
         self._firsts: dict[tuple[str, str], int] = {}
         self._retention = Retention(settings.retain_s, int(settings.retain_mb * 2**20))
         self._retention_lock = threading.Lock()
         self._memory_full = False
+        self.move_to(server)
+
+    def move_to(self, server: redis.Redis) -> None:
+        """Publish to `server` from now on: the same one at another address; not while a frame is being published."""
+        self._server = server
+        self._publish = server.register_script(PUBLISH)
+        self._shed = server.register_script(SHED)
+        self._lost = server.register_script(LOST)
+        self._announced.clear()
         self._memory_read_at = float("-inf")
 
     def last_seq(self, product: str, camera: str) -> int:

@@ -4,6 +4,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+Policy = Literal["block", "drop_newest", "drop_oldest"]
+
 
 class PublisherSettings(BaseModel):
     """How frames are encoded, how much may wait in a product's stream, and what happens beyond that.
@@ -16,7 +18,7 @@ class PublisherSettings(BaseModel):
 
     codec: Literal["jpeg", "png", "raw"] = "jpeg"
     jpeg_quality: int = Field(default=95, ge=1, le=100)
-    policy: Literal["block", "drop_newest", "drop_oldest"] = "block"
+    policy: Policy = "block"
     max_in_flight: int = Field(default=256, ge=1, description="frames of one product waiting for their verdict")
     max_in_flight_mb: float = Field(default=512.0, gt=0, description="their data; one frame may be larger alone")
     memory_share: float = Field(

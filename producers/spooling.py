@@ -37,13 +37,13 @@ class SpoolCounts:
         notes: notes of shed frames in the spool.
     """
 
-    published: int
-    spooled: int
-    replayed: int
-    shed: int
-    lost: int
-    waiting: int
-    notes: int
+    published: int = 0
+    spooled: int = 0
+    replayed: int = 0
+    shed: int = 0
+    lost: int = 0
+    waiting: int = 0
+    notes: int = 0
 
 
 class SpooledPublisher:
@@ -79,11 +79,16 @@ class SpooledPublisher:
         self._closing = threading.Event()
         self._failure: Exception | None = None
         self._away_since: float | None = None
+        self._find_server: Callable[[], redis.Redis | None] = lambda: None
         self._disk_failed = False
         self._direct = self._direct_shed = self._spooled = 0
         self._replayed = self._replayed_shed = self._lost = 0
         self._replayer = threading.Thread(target=self._run, name=f"spool {product}/{camera}", daemon=True)
         self._replayer.start()
+
+    def follow(self, find_server: Callable[[], redis.Redis | None]) -> None:
+        """While Redis is away, ask for a client of its new address; None says that there is none."""
+        self._find_server = find_server
 
     def last_seq(self) -> int:
         """The camera's last used number, of ledger and spool; while Redis is away, of the spool."""
@@ -239,6 +244,9 @@ class SpooledPublisher:
                     self._note_away(error)
                     self._closing.wait(pause_s)
                     pause_s = min(pause_s * 2, _LONGEST_PAUSE_S)
+                    moved = self._find_server()
+                    if moved is not None:  # the spool is not empty, so only this thread publishes now
+                        self._publisher.move_to(moved)
         except FrameError as error:
             self._failure = FrameError(f"{error}; to give up the frames in {self._spool.path}, remove that folder")
         except Exception as error:  # the thread's outer edge: raised again in `publish` and `drain`
