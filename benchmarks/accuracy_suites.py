@@ -7,6 +7,7 @@ A view is another detector that judges by the same trained student, so that a ch
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +17,8 @@ from models.settings import RECIPES, TrainingSettings
 TEACHERS = ("efficientnet_lite0", "resnet18")
 # One training for all: what a table compares is the method.
 _SAME = {"input_size": 128, "steps": 150, "batch_size": 8, "learning_rate": 3e-3, "schedule": "onecycle"}
+# Contextual blocks learn more slowly, and what neighbours' codes add shows in students that have learned.
+_LONGER = {"steps": 600}
 _NETWORK = {"width": 0.25, "hardest": 0.03}
 _DENSE = {"width": 0.5, "bottleneck": "dense", "scales": 2, "fusion": {"kind": "normalised", "score": "top"}}
 _CONTROL = {"fusion.smoothing": 4.0}
@@ -62,11 +65,10 @@ def _same(detector: str, options: dict[str, Any], **changes: Any) -> TrainingSet
 
 
 def _table() -> list[Way]:
-    high = {"flattened": 0.1, "affinity": 0.1, "embedding": 0.1}
     ways = {
         "stfpm": ("stfpm", _NETWORK),
         "asymts": ("asymts", _NETWORK),
-        "fcl on stfpm": ("fcl", {"host": "stfpm", "host_options": _NETWORK, "snc": {"form": "softmax"}, **high}),
+        "fcl on stfpm": ("fcl", {"host": "stfpm", "host_options": _NETWORK}),
         "reverse": ("reverse", {"width": 0.25, "hardest": 0.1}),
         "efficientad": ("efficientad", {"width": 0.25, "hard": 0.01}),
         "reverse, dense": ("reverse", _DENSE),
@@ -76,17 +78,18 @@ def _table() -> list[Way]:
 
 
 def _asymts() -> list[Way]:
-    """The three parts of AsymTS, each left out in turn; the fusion is left out by a view."""
+    """The three parts of AsymTS, each left out in turn; the fusion is left out by a view. STFPM has none of them."""
     one = ("efficientnet_lite0",)
-    product = {"": {}, "product fusion": {"fusion.kind": "product"}, "sum fusion": {"fusion.kind": "sum"}}
+    views = {"": {}, "sum fusion": {"fusion.kind": "sum"}, "smoothed 4": _CONTROL}
     parts = {
         "asymts": {},
         "plain blocks": {"blocks": "plain"},
         "no moving average": {"momentum": None},
         "plain blocks, no moving average": {"blocks": "plain", "momentum": None},
     }
-    return [
-        Way("asymts", name, _same("asymts", _NETWORK | changes), product, teachers=one)
+    stfpm = Way("asymts", "stfpm", _same("stfpm", _NETWORK, **_LONGER), {"": {}, "smoothed 4": _CONTROL}, one)
+    return [stfpm] + [
+        Way("asymts", name, _same("asymts", _NETWORK | changes, **_LONGER), views, one)
         for name, changes in parts.items()
     ]
 
@@ -95,40 +98,36 @@ def _fcl() -> list[Way]:
     """SNC's forms in loss, map and both, radius 1 and 2, on three hosts; the control is plain smoothing."""
     hosts = {
         "stfpm": ("stfpm", _NETWORK),
-        "asymts": ("asymts", _NETWORK),
         "reverse": ("reverse", {"width": 0.25, "hardest": 0.1, "scales": 2, "bottleneck": "dense"}),
+        "asymts": ("asymts", _NETWORK),
     }
-    off = {"flattened": 0.0, "affinity": 0.0, "embedding": 0.0}
-    ways = []
-    for host, (kind, options) in hosts.items():
-        base = {"host": kind, "host_options": options, **off}
-        none = {"form": "none"}
-        ways.append(Way("fcl", f"{host}: none", _fcl_settings(base | {"snc": none}), _map_views()))
-        high = base | {"snc": none} | dict.fromkeys(off, 0.1)
-        ways.append(Way("fcl", f"{host}: high-level", _fcl_settings(high), _map_views()))
-        for form in ("softmax", "relation", "masked"):
-            for radius in (1, 2):
-                snc = {"form": form, "radius": radius, "place": "both"}
-                views = {"both": {}, "loss": {"snc.place": "loss"}}
-                views["both, smoothed"] = _CONTROL
-                ways.append(Way("fcl", f"{host}: {form} r{radius}", _fcl_settings(base | {"snc": snc}), views))
+    off = dict.fromkeys(("flattened", "affinity", "embedding"), 0.0)
     one = ("efficientnet_lite0",)
+    ways, trained = [], []
+    for host, (kind, options) in hosts.items():
+        base = {"host": kind, "host_options": options}
+        none = {"snc": {"form": "none"}}
+        ways.append(Way("fcl", f"{host}: none", _fcl_settings(base | off | none), _map_views(), one))
+        ways.append(Way("fcl", f"{host}: high-level", _fcl_settings(base | none), _map_views(), one))
+        for form, radius in itertools.product(("softmax", "uniform", "relation", "masked"), (1, 2)):
+            snc = {"form": form, "radius": radius, "place": "both"}
+            views = {"both": {}, "loss": {"snc.place": "loss"}, "both, smoothed 4": _CONTROL}
+            settings = _fcl_settings(base | off | {"snc": snc})
+            trained.append(Way("fcl", f"{host}: {form} r{radius}", settings, views, one, ("magtile",)))
     # Codes in the map alone cost no training, so they are tried on every set; what is trained, where there are masks.
-    sets = {way.name: None if way.name.endswith(": none") else ("magtile",) for way in ways}
-    return [Way(way.suite, way.name, way.settings, way.views, one, sets[way.name]) for way in ways]
+    return ways + trained
 
 
 def _fcl_settings(options: dict[str, Any]) -> TrainingSettings:
-    return _same("fcl", options)
+    return _same("fcl", options, **_LONGER)
 
 
 def _map_views() -> dict[str, dict[str, Any]]:
     """Views of a student that was trained without neighbours' codes: the codes in the map, and the control."""
-    views: dict[str, dict[str, Any]] = {"none": {}, "product of maps": {"fusion.kind": "product"}}
-    views["smoothed 2"] = {"fusion.smoothing": 2.0}
-    views["smoothed 4"] = _CONTROL
-    for form, radius in (("softmax", 1), ("uniform", 1), ("uniform", 2), ("relation", 1)):
+    views: dict[str, dict[str, Any]] = {"none": {}, "smoothed 2": {"fusion.smoothing": 2.0}, "smoothed 4": _CONTROL}
+    for form, radius in (("uniform", 1), ("uniform", 2), ("softmax", 1), ("relation", 1)):
         views[f"map {form} r{radius}"] = {"snc.form": form, "snc.radius": radius, "snc.place": "map"}
+    views["map uniform r1, normalised"] = views["map uniform r1"] | {"fusion.kind": "normalised"}
     views["map uniform r1, smoothed 4"] = views["map uniform r1"] | _CONTROL
     return views
 

@@ -70,7 +70,7 @@ def build_application(config: ProctorConfig, places: Places) -> serve.Applicatio
         graceful_shutdown_wait_loop_s=0.1,
         max_ongoing_requests=32,
     ).bind(places, config.worker_settings(), config.serve.threads or math.ceil(config.serve.num_cpus))
-    return build_ingress(APPLICATION, INSPECTOR, config.http.token).bind(inspector)
+    return build_ingress(APPLICATION, INSPECTOR, places, config.http.token).bind(inspector)
 
 
 def start_trainer(config: ProctorConfig, places: Places, *, detached: bool) -> Any:

@@ -42,6 +42,14 @@ class ResultFormat(StrEnum):
     IDS = "ids"
 
 
+class LedgerFormat(StrEnum):
+    """Forms of `proctor ledger`."""
+
+    TABLE = "table"
+    JSON = "json"
+    CSV = "csv"
+
+
 @dataclass
 class _Common:
     """Options before the command."""
@@ -141,6 +149,29 @@ def status(
         out.print(render(Status.read(server)))
     else:
         show_live(server, out, _stop_on_signal().wait)
+
+
+@app.command()
+def ledger(
+    since: Annotated[str, typer.Option(help="Start: a time (2026-01-31T06:00) or an age (90s, 15m, 8h, 7d).")] = "8h",
+    until: Annotated[str | None, typer.Option(help="End, in the same forms; else now.")] = None,
+    product: Annotated[str | None, typer.Option("--product", "-p")] = None,
+    form: Annotated[LedgerFormat, typer.Option("--format")] = LedgerFormat.TABLE,
+    as_json: Json = False,
+) -> None:
+    """A shift's account: what became of every frame captured in it, by whole minutes."""
+    from cluster.accounts import RedisAccounts
+    from cluster.connection import connect
+    from cluster.run_state import redis_url_of
+    from cluster.shift_report import shift_csv, shift_document, shift_table
+
+    accounts, start, end = RedisAccounts(connect(redis_url_of(_common.load()))).shift(since, until, product)
+    if as_json or form is LedgerFormat.JSON:
+        _print_json(shift_document(accounts, start, end))
+    elif form is LedgerFormat.CSV:
+        sys.stdout.write(shift_csv(accounts))
+    else:
+        out.print(shift_table(accounts, start, end))
 
 
 # --- producing

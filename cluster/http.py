@@ -1,10 +1,14 @@
-"""The HTTP interface: one image in, verdict and map out; health and readiness."""
+"""The HTTP interface: one image in, verdict and map out; ledger, metrics, health and readiness."""
 
 import hmac
 from typing import Any, Protocol
 
 from fastapi import FastAPI, HTTPException, Request
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
+
+from cluster.errors import ProctorError
+from cluster.metrics import CONTENT_TYPE
+from workers.errors import StreamUnavailable
 
 MAX_BODY_BYTES = 64 * 2**20
 
@@ -21,11 +25,24 @@ class Inspector(Protocol):
         ...
 
 
-def build_http(inspector: Inspector, token: str) -> FastAPI:
-    """The interface around `inspector`.
+class Accounts(Protocol):
+    """The ledger as the interface needs it; both raise ProctorError or StreamUnavailable, one line each."""
+
+    def ledger(self, since: str | None, until: str | None) -> dict[str, Any]:
+        """The ledger as it stands, or a shift's account from `since` on."""
+        ...
+
+    def metrics(self) -> bytes:
+        """The metrics in Prometheus' text form."""
+        ...
+
+
+def build_http(inspector: Inspector, accounts: Accounts, token: str) -> FastAPI:
+    """The interface around `inspector` and `accounts`.
 
     Args:
         inspector: judges.
+        accounts: the ledger.
         token: bearer token that every request under /api must carry; empty for none.
     """
     app = FastAPI(title="Proctor", docs_url=None, redoc_url=None)
@@ -58,7 +75,30 @@ def build_http(inspector: Inspector, token: str) -> FastAPI:
             raise HTTPException(404, f"product {product!r}: {verdict['reason']}")
         return JSONResponse(verdict, 422 if verdict["reason"] else 200)
 
+    _add_accounts(app, accounts, token)
     return app
+
+
+def _add_accounts(app: FastAPI, accounts: Accounts, token: str) -> None:
+    @app.get("/api/v1/ledger")
+    def ledger(request: Request, since: str | None = None, until: str | None = None) -> dict[str, Any]:
+        """The ledger as it stands; with `since` (a time, or an age as 8h) that of a shift."""
+        _authorise(request, token)
+        try:
+            return accounts.ledger(since, until)
+        except ProctorError as error:
+            raise HTTPException(400, str(error)) from None
+        except StreamUnavailable as error:
+            raise HTTPException(503, str(error)) from None
+
+    @app.get("/metrics")
+    def metrics(request: Request) -> Response:
+        """Ledger and replicas for Prometheus."""
+        _authorise(request, token)
+        try:
+            return Response(accounts.metrics(), media_type=CONTENT_TYPE)
+        except StreamUnavailable as error:
+            raise HTTPException(503, str(error)) from None
 
 
 def _authorise(request: Request, token: str) -> None:

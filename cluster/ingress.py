@@ -6,7 +6,9 @@ from fastapi import FastAPI
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
+from cluster.accounts import RedisAccounts
 from cluster.http import build_http
+from workers.places import Places
 
 
 class _HandleInspector:
@@ -22,17 +24,19 @@ class _HandleInspector:
         return await self._handle.describe.remote()
 
 
-def build_ingress(application: str, inspector: str, token: str) -> serve.Deployment:
+def build_ingress(application: str, inspector: str, places: Places, token: str) -> serve.Deployment:
     """The deployment, to be bound to that of the replicas.
 
     Args:
         application: name of the Serve application.
         inspector: name of the replicas' deployment.
+        places: where the ledger is.
         token: bearer token that requests must carry, empty for none.
     """
 
     def build() -> FastAPI:  # runs in the interface's own process
-        return build_http(_HandleInspector(serve.get_deployment_handle(inspector, app_name=application)), token)
+        handle = serve.get_deployment_handle(inspector, app_name=application)
+        return build_http(_HandleInspector(handle), RedisAccounts(places.connect()), token)
 
     return serve.deployment(
         serve.ingress(build)(),

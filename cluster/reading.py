@@ -20,7 +20,7 @@ _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
 VERDICTS = ("pass", "fail", "unknown")
 
 
-def parse_since(text: str) -> datetime:
+def parse_since(text: str, option: str = "--since") -> datetime:
     """A time as `2026-01-31T06:00` (local unless it names its zone) or an age as `90s`, `15m`, `8h`, `7d`.
 
     Raises:
@@ -32,7 +32,9 @@ def parse_since(text: str) -> datetime:
     try:
         return datetime.fromisoformat(text).astimezone(UTC)
     except ValueError:
-        raise ProctorError(f"--since {text!r}: give a time as 2026-01-31T06:00 or an age as 90s, 15m, 8h, 7d") from None
+        raise ProctorError(
+            f"{option} {text!r}: give a time as 2026-01-31T06:00 or an age as 90s, 15m, 8h, 7d"
+        ) from None
 
 
 def read_selection(

@@ -56,10 +56,29 @@ def render(status: Status) -> RenderableType:
     if not status.products:
         parts.append(Text("no frames yet: `proctor push SOURCE --product P --camera C` sends some", style="dim"))
     parts.append(_replica_table(status))
+    parts += _remarks(status)
     for job in status.jobs:
         done = f"{job.step}/{job.steps}" if job.steps else job.state
         parts.append(Text(f"training {job.product}: {done}", style="cyan"))
     return Group(*parts)
+
+
+def _remarks(status: Status) -> list[RenderableType]:
+    """What a camera's line has no room for, and that should not stay unseen."""
+    lines: list[RenderableType] = []
+    for camera in (camera for product in status.products for camera in product.cameras):
+        name = f"{camera.product}/{camera.camera}"
+        for reason, count in camera.shed_by.items():
+            lines.append(Text(f"{name}: {count:,} shed, {reason}", style="yellow"))
+        if late := camera.verdicts.get("late"):
+            lines.append(Text(f"{name}: {late:,} answered late by `unknown`", style="yellow"))
+        if camera.lost:
+            lines.append(Text(f"{name}: {camera.lost:,} LOST, `proctor ledger` names their numbers", style="bold red"))
+        if camera.skewed:
+            lines.append(
+                Text(f"{name}: its producer's clock is {(camera.skew_ms or 0) / 1e3:+.1f} s off", style="yellow")
+            )
+    return lines
 
 
 def _table(title: str, style: str) -> Table:

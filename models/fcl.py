@@ -42,11 +42,11 @@ class FCL(Detector):
     name: ClassVar[str] = "fcl"
     host: Literal["stfpm", "asymts", "reverse"] = "stfpm"
     host_options: dict[str, Any] = Field(default_factory=dict, validate_default=True)
-    snc: SNC = SNC()
+    snc: SNC = SNC(form="uniform", place="map")
     flattened: float = Field(default=0.1, ge=0)
     affinity: float = Field(default=0.1, ge=0)
     embedding: float = Field(default=0.1, ge=0)
-    fusion: MapFusion = MapFusion(kind="normalised")
+    fusion: MapFusion = MapFusion(kind="product")
 
     @field_validator("host_options")
     @classmethod

@@ -25,6 +25,7 @@ from producers.errors import FrameError, MalformedEntry, UnreadableImage
 
 VERSION = 1
 MAX_PIXELS = 64_000_000
+LARGEST_PIXELS = 178_000_000  # no decoder takes more
 CODECS = ("jpeg", "png", "raw")
 _PRODUCT = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 _CAMERA = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
@@ -216,10 +217,11 @@ class Frame:
 
     @classmethod
     def from_fields(cls, product: str, fields: Mapping[bytes, bytes]) -> Self:
-        """Read an entry's fields. What concerns only the image is left to `Picture.decode`.
+        """Read an entry's fields. Whether the data is the image that they declare is left to `Picture.decode`.
 
         Raises:
-            MalformedEntry: the entry names no version, camera, sequence number or capture time that can be read.
+            MalformedEntry: the entry names no version, camera, sequence number, capture time, codec or shape that can
+                be, so no camera of ours made it.
         """
         version = fields.get(b"v")
         if version != str(VERSION).encode():
@@ -249,8 +251,10 @@ def _text(fields: Mapping[bytes, bytes], name: bytes) -> str:
 
 
 def _codec(fields: Mapping[bytes, bytes]) -> str:
-    """The declared codec, whatever it says: an unknown one makes the image unreadable, not the entry malformed."""
-    return fields.get(b"codec", b"")[:40].decode("ascii", "replace")
+    codec = fields.get(b"codec")
+    if codec is None or codec.decode("ascii", "replace") not in CODECS:
+        raise MalformedEntry(f"field codec is {_shown(codec)}, not one of {', '.join(CODECS)}")
+    return codec.decode("ascii")
 
 
 def _integer(fields: Mapping[bytes, bytes], name: bytes) -> int:
@@ -261,9 +265,13 @@ def _integer(fields: Mapping[bytes, bytes], name: bytes) -> int:
 
 
 def _shape(fields: Mapping[bytes, bytes]) -> tuple[int, int, int]:
-    """The declared shape; an unreadable one becomes 0,0,0, which no image has, so decoding refuses it."""
-    parts = fields.get(b"shape", b"").split(b",")
-    if len(parts) != 3 or not all(part.isdigit() and len(part) <= 9 for part in parts):
-        return (0, 0, 0)
-    height, width, channels = (int(part) for part in parts)
-    return (height, width, channels)
+    declared = fields.get(b"shape")
+    parts = (declared or b"").split(b",")
+    if len(parts) == 3 and all(part.isdigit() and len(part) <= 9 for part in parts):
+        height, width, channels = (int(part) for part in parts)
+        if channels in (1, 3) and 0 < height * width <= LARGEST_PIXELS:
+            return (height, width, channels)
+    most = LARGEST_PIXELS // 10**6
+    raise MalformedEntry(
+        f"field shape is {_shown(declared)}, not height,width,1 or height,width,3 of up to {most} megapixels"
+    )

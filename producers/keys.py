@@ -20,6 +20,7 @@ Contract of the keys:
 
 PRODUCTS = "proctor:products"
 GROUP = "inspectors"
+VERDICTS_KEPT = 10_000
 
 
 def frames(product: str) -> str:

@@ -230,7 +230,7 @@ class Publisher:
                 settings.policy,
                 settings.max_in_flight,
                 int(settings.max_in_flight_mb * 2**20),
-                settings.verdicts_kept,
+                keys.VERDICTS_KEPT,
                 *(fields[name] for name in ("v", "codec", "shape", "data")),
             ],
         ).decode()
@@ -264,7 +264,7 @@ class Publisher:
                 frame.captured_at_ns,
                 self._firsts.get((product, frame.camera), frame.seq),
                 reason,
-                self._settings.verdicts_kept,
+                keys.VERDICTS_KEPT,
             ],
         )
         return "shed"

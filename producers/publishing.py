@@ -37,7 +37,8 @@ local captured_ms, number = math.floor(tonumber(captured_ns) / 1e6), tonumber(se
 
 local last = redis.call('HGET', KEYS[2], camera .. ':last_seq')
 if last and number <= tonumber(last) then
-  if seq == last and redis.call('HGET', KEYS[2], camera .. ':last_captured_at_ns') == captured_ns then return 'added' end
+  local same = redis.call('HGET', KEYS[2], camera .. ':last_captured_at_ns') == captured_ns
+  if seq == last and same then return 'added' end
   return 'behind ' .. last
 end
 
@@ -75,7 +76,9 @@ local function shed_oldest(bound)
   local whose, which, size = '?', '', 0
   for i = 1, #entry[2], 2 do
     local name, value = entry[2][i], entry[2][i + 1]
-    if name == 'camera' then whose = value elseif name == 'seq' then which = value elseif name == 'data' then size = #value end
+    if name == 'camera' then whose = value end
+    if name == 'seq' then which = value end
+    if name == 'data' then size = #value end
   end
   redis.call('XDEL', KEYS[1], entry[1])
   local member = whose .. '/' .. which

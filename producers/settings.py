@@ -27,7 +27,6 @@ class PublisherSettings(BaseModel):
     retry_s: float = Field(default=10.0, ge=0, description="how long a lost server is waited for")
     retain_s: float = Field(default=3.0, ge=0, description="how long a published frame is kept, to send it again")
     retain_mb: float = Field(default=64.0, ge=0, description="data kept so at most")
-    verdicts_kept: int = Field(default=10_000, ge=1, description="length of a product's verdict stream")
     spool_mb: float = Field(default=1024.0, ge=0, description="frames on disk while Redis is away; 0: no spool")
     spool_after_s: float = Field(default=0.5, ge=0, description="a lost server is waited for so long, then spooled")
     spool_fsync: Literal["always", "interval"] = Field(

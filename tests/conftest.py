@@ -98,7 +98,7 @@ class MortalServer:
     """A server that a test may kill and start again; its address, password and data stay."""
 
     def __init__(self, home: Path) -> None:
-        self._home = home
+        self.home = home
         self._running = EmbeddedServer.start(home)
         self.url = self._running.url
 
@@ -110,7 +110,7 @@ class MortalServer:
         self._running.stop()
 
     def start(self) -> None:
-        self._running = EmbeddedServer.start(self._home, port=self._running.port)
+        self._running = EmbeddedServer.start(self.home, port=self._running.port)
 
     def stop(self) -> None:
         self._running.stop()

@@ -64,3 +64,15 @@ def test_draining_gives_everything_in_batches_no_larger_than_others(batcher):
     for item in "abcdefg":
         batcher.add(item, 10.0)
     assert [batcher.drain() for _ in range(4)] == [["a", "b", "c"], ["d", "e", "f"], ["g"], []]
+
+
+def test_a_deadline_closes_a_batch_before_its_time(batcher):
+    batcher.add("a", 10.0)
+    batcher.add("b", 10.1, close_by_s=10.2)
+    assert batcher.wait_s(10.1) == pytest.approx(0.1)
+    assert batcher.take(10.2) == ["a", "b"]
+
+
+def test_a_far_deadline_delays_no_batch(batcher):
+    batcher.add("a", 10.0, close_by_s=99.0)
+    assert batcher.take(10.0 + batcher.wait_s(10.0)) == ["a"]

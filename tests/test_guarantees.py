@@ -359,3 +359,15 @@ def test_dead_letters_are_answered_and_counted_in_their_shift(server, stream):
     counts = account(server)
     assert (counts.captured, counts.dead, counts.in_flight) == (1, 1, 0)
     assert server.get(keys.held("bolt")) == b"0"
+
+
+def test_a_malformed_entry_that_names_its_frame_is_answered(server, stream):
+    """Whoever pushed it waits for a verdict; one that names no frame has nobody to answer."""
+    server.sadd(keys.PRODUCTS, "bolt")
+    server.xadd(keys.frames("bolt"), {"camera": "own", "seq": "7", "codec": "tiff"})
+    server.xadd(keys.frames("bolt"), {"camera": "no name", "seq": "x"})
+    for entry in stream.read(8, 1):
+        stream.dead_letter(entry, "?", "malformed")
+    ((seq, verdict, _),) = verdicts(server)
+    assert (seq, verdict) == (7, "unknown")
+    assert account(server, "?").dead == 2

@@ -203,8 +203,8 @@ def test_a_verdict_says_what_the_line_needs(server, stream):
     }
 
 
-def test_verdicts_are_bounded_and_the_newest_stay(server):
-    stream = RedisStream(server, "me", WorkerSettings(verdicts_kept=100))
+def test_verdicts_are_bounded_and_the_newest_stay(server, stream, monkeypatch):
+    monkeypatch.setattr(keys, "VERDICTS_KEPT", 100)
     for start in range(0, 2000, 200):
         stream.send_verdicts([verdict(seq) for seq in range(start, start + 200)])
     kept = [int(fields[b"seq"]) for _, fields in server.xrange(keys.verdicts("bolt"))]

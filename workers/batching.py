@@ -1,4 +1,4 @@
-"""Batches over products, closed by size, by the age of their oldest member or by a deadline. The clock is an argument."""
+"""Batches over products, closed by size, by their oldest member's age or by a deadline. Pure: the clock is given."""
 
 import math
 from collections import deque

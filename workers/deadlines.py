@@ -64,6 +64,6 @@ class DeadlineWatch:
             return self._longest_s
         _, left_ms = self._expire(
             keys=[keys.verdicts(product), keys.unanswered(product), keys.late(product)],
-            args=[product, self._settings.verdicts_kept, takt_ms, self._settings.takt_margin_ms],
+            args=[product, keys.VERDICTS_KEPT, takt_ms, self._settings.takt_margin_ms],
         )
         return self._longest_s if left_ms < 0 else min(self._longest_s, left_ms / 1e3)

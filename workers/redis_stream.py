@@ -140,10 +140,10 @@ class RedisStream:
 
     @_translated
     def send_verdicts(self, verdicts: Sequence[VerdictMessage]) -> set[str]:
-        """See FrameStream. The verdict streams are bounded: the newest `verdicts_kept` stay."""
+        """See FrameStream. The verdict streams are bounded: the newest `VERDICTS_KEPT` stay."""
         late: set[str] = set()
         for product, group in _by_product(verdicts).items():
-            args: list[str | int] = [product, self._settings.verdicts_kept]
+            args: list[str | int] = [product, keys.VERDICTS_KEPT]
             for verdict in group:
                 args += [verdict.camera, verdict.seq, verdict.verdict, repr(verdict.score), repr(verdict.threshold)]
                 args += [verdict.model_version, verdict.reason, f"{verdict.total_ms:.3f}"]
@@ -176,7 +176,7 @@ class RedisStream:
         product = entry.product
         self._dead_letter(
             keys=[*_account(product), keys.dead(product), keys.verdicts(product)],
-            args=[keys.GROUP, entry.id, camera, reason, product, self._settings.verdicts_kept],
+            args=[keys.GROUP, entry.id, camera, reason, product, keys.VERDICTS_KEPT],
         )
 
     @_translated

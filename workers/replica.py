@@ -19,8 +19,8 @@ from models.errors import ModelError
 from models.registry import Registry
 from producers.errors import UnreadableImage
 from producers.frame import Picture, header_size
-from workers.engine import Engine, Judgement, Request
 from workers.deadlines import DeadlineWatch
+from workers.engine import Engine, Judgement, Request
 from workers.errors import NoModel, StreamUnavailable
 from workers.evidence import FAIL, PASS, UNKNOWN
 from workers.loop import InspectionLoop

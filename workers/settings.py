@@ -31,7 +31,6 @@ class WorkerSettings(BaseModel):
     takt_margin_ms: float = Field(default=10.0, ge=0, description="a late frame is answered so long before it is due")
     segment_rows: int = Field(default=256, ge=1)
     segment_ms: float = Field(default=200.0, ge=0, description="longest wait of a row for its segment")
-    verdicts_kept: int = Field(default=10_000, ge=1, description="length of a product's verdict stream")
     heartbeat_timeout_s: float = Field(default=20.0, gt=0, description="a loop silent for longer is replaced")
     pointer_poll_s: float = Field(default=0.5, gt=0, description="how often new versions are looked for")
     evidence: EvidenceSettings = EvidenceSettings()

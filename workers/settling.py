@@ -102,6 +102,10 @@ if ms then
 else
   ms = server_ms()
   count(KEYS[2], KEYS[7], ms, camera, 'captured', 1)
+  local last = tonumber(redis.call('HGET', KEYS[2], own .. ':last_seq') or '-1')
+  if #own < 64 and string.match(own, '^%w[%w_.-]*$') and string.match(seq, '^%d+$') and tonumber(seq) > last then
+    answer_unknown(KEYS[9], ARGV[6], ARGV[5], own, seq, ARGV[4], 0)
+  end
 end
 count(KEYS[2], KEYS[7], tonumber(ms), camera, 'dead', 1)
 return 1

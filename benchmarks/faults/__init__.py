@@ -1,0 +1,1 @@
+"""Faults by seed against real processes: `python -m benchmarks.faults`."""
