@@ -165,7 +165,8 @@ class Spool:
             with contextlib.suppress(OSError):  # without it, the ledger still knows what was published
                 self._folder.set_position(self._taken)
             self._advance()
-            self._changed.notify_all()
+            if self._is_empty():  # each waking of a waiting thread costs as much as a record
+                self._changed.notify_all()
 
     def wait_empty(self, timeout_s: float) -> bool:
         """Wait until all is taken, or for the time; whether it is."""
