@@ -1,5 +1,6 @@
 """Publishing frames into their product's stream, counted, without losing or doubling one."""
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable
@@ -94,20 +95,20 @@ class Publisher:
         self._firsts.setdefault((frame.product, frame.camera), frame.seq)
         return self._publish_in_run(frame, stop, NEVER) or self._shed_in_hand(frame, stop)
 
-    def resend(self, frame: Frame, last_spooled: int, stop: threading.Event) -> Published:
+    def resend(self, frame: Frame, known: int, stop: threading.Event) -> Published:
         """Publish a frame of a spool, under the same bounds; SPOOLED says that `stop` ended the waiting.
 
         Args:
             frame: the spool's oldest frame; `begin_run` has told its run.
-            last_spooled: number of the spool's newest frame. A camera's last number up to it is the spool's own: then
-                the frame was published before, by a process that ended before it could note that.
+            known: a number of this spool that the ledger had when the process started, or NEVER. What is not above it
+                was published before, by a process that ended before it could note that.
             stop: when set while the stream is full, the frame stays where it is.
 
         Raises:
-            FrameError: another producer has used larger numbers than the spool's newest.
+            FrameError: the camera's numbers have passed the frame, as they do when another producer uses its name.
             ServerUnavailable: as `publish`.
         """
-        return self._publish_in_run(frame, stop, last_spooled) or Published.SPOOLED
+        return self._publish_in_run(frame, stop, known) or Published.SPOOLED
 
     def shed(self, frame: Frame, reason: str, stop: threading.Event) -> None:
         """Count a frame that was given up before it came here; a second time counts nothing.
@@ -125,21 +126,21 @@ class Publisher:
         """
         self._with_patience(last, lambda each: self._count_lost(each, from_seq), stop)
 
-    def _publish_in_run(self, frame: Frame, stop: threading.Event, ours: int) -> Published | None:
+    def _publish_in_run(self, frame: Frame, stop: threading.Event, known: int) -> Published | None:
         """Publish one frame and what of its run the server forgot; None if `stop` came while the stream was full."""
-        known_from = self._deliver(frame, stop, ours, declare=False)
-        if not isinstance(known_from, int):
-            return known_from
+        outcome = self._deliver(frame, stop, known, declare=False)
+        if not isinstance(outcome, int):
+            return outcome
         with self._retention_lock:
-            retained = self._retention.since(frame, known_from)
+            retained = self._retention.since(frame, outcome)
         for old in retained:  # what of them a second answer shows to be there already is not added twice
-            if self._deliver(old, stop, ours, declare=True) is None:
+            if self._deliver(old, stop, known, declare=True) is None:
                 self._shed_in_hand(old, stop)
-        published = self._deliver(frame, stop, ours, declare=True)
+        published = self._deliver(frame, stop, known, declare=True)
         assert not isinstance(published, int)  # a declared gap is counted, not refused
         return published
 
-    def _deliver(self, frame: Frame, stop: threading.Event, ours: int, *, declare: bool) -> Published | int | None:
+    def _deliver(self, frame: Frame, stop: threading.Event, known: int, *, declare: bool) -> Published | int | None:
         """Publish one frame, or return the number from which on the server knows nothing of the camera's run."""
         pause_s = 0.002
         while True:
@@ -153,7 +154,7 @@ class Publisher:
             if word == "gap":
                 return int(number)
             if word == "behind":
-                if declare or int(number) <= ours:  # not forgotten, or sent before a process of ours ended
+                if declare or frame.seq <= known:  # not forgotten, or sent before a process of ours ended
                     return Published.ADDED
                 raise FrameError(
                     f"{frame.frame_id} is not above seq {number}, the camera's last: another producer pushes as "
@@ -205,6 +206,10 @@ class Publisher:
             self._server.sadd(keys.PRODUCTS, product)
             self._announced.add(product)
 
+    def _announce_if_possible(self, product: str) -> None:
+        with contextlib.suppress(OutOfMemoryError):  # then the next frame that is added does it
+            self._announce(product)
+
     def _add(self, frame: Frame, declare: bool) -> str:
         fields, product, settings = frame.to_fields(), frame.product, self._settings
         self._announce(product)
@@ -255,6 +260,7 @@ class Publisher:
 
     def _give_up(self, frame: Frame, reason: str) -> str:
         product = frame.product
+        self._announce_if_possible(product)
         self._shed(
             keys=[keys.ledger(product), keys.verdicts(product), keys.gaps(product), keys.tally(product)],
             args=[
@@ -272,6 +278,7 @@ class Publisher:
     def _count_lost(self, last: Frame, from_seq: int) -> str:
         product, camera = last.product, last.camera
         first = self._firsts.get((product, camera), from_seq)
+        self._announce_if_possible(product)
         self._lost(
             keys=[keys.ledger(product), keys.gaps(product), keys.tally(product)],
             args=[camera, from_seq, last.seq, last.captured_at_ns, first],

@@ -144,10 +144,11 @@ return 1
 """
 )
 
-# Numbers that a run had and whose frames are known to be gone, as in a spool with a damaged record.
+# Numbers that a run had and whose frames are known to be gone, as in a spool with a damaged record. Allowed like SHED.
 # KEYS: ledger gaps tally; ARGV: camera from to captured_at_ns first
 LOST = (
-    COUNT
+    "#!lua flags=allow-oom\n"
+    + COUNT
     + _LOSE
     + """
 local camera, captured_ns = ARGV[1], ARGV[4]

@@ -86,6 +86,12 @@ class Spool:
             notes = sum(segment.sheds for segment in self._segments) + len(self._unwritten)
             return sum(segment.frames for segment in self._segments), notes
 
+    def holds(self, seq: int) -> bool:
+        """Whether a file has the record of this number, taken or not."""
+        with self._changed, disk_errors(self.path):
+            place = next((each for each in self._segments if each.last_seq >= seq), None)
+            return place is not None and any(header.seq == seq for _, header in place.headers())
+
     # --- in
 
     def append(self, record: Record) -> None:

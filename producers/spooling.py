@@ -11,7 +11,7 @@ import redis
 
 from producers.errors import FrameError, ServerUnavailable, SpoolFull, SpoolUnwritable
 from producers.frame import Frame, Picture
-from producers.publisher import Published, Publisher
+from producers.publisher import NEVER, Published, Publisher
 from producers.settings import PublisherSettings
 from producers.spool import Spool
 from producers.spooled import Lost, Record
@@ -75,6 +75,7 @@ class SpooledPublisher:
         self._settings = settings
         self._publisher = Publisher(server, settings.model_copy(update={"retry_s": settings.spool_after_s}))
         self._first: int | None = None
+        self._known: int | None = None
         self._order = threading.Lock()
         self._closing = threading.Event()
         self._failure: Exception | None = None
@@ -119,6 +120,9 @@ class SpooledPublisher:
                 published = self._publish_directly(frame, stop or threading.Event())
                 if published is not None:
                     return published
+            last = self._spool.last_seq
+            if frame.seq <= last:
+                raise FrameError(f"{frame.frame_id} is not above seq {last}, the last in the spool {self._spool.path}")
             record = Record(frame.seq, self._first, frame.captured_at_ns, frame.picture)
             return self._append(record, stop or threading.Event())
 
@@ -264,13 +268,20 @@ class SpooledPublisher:
             self._publisher.shed(frame, oldest.reason, self._closing)
             self._replayed_shed += 1
         else:
-            published = self._publisher.resend(frame, self._spool.last_seq, self._closing)
+            published = self._publisher.resend(frame, self._known_number(), self._closing)
             if published is Published.SPOOLED:  # closing
                 return
             self._replayed += published is Published.ADDED
             self._replayed_shed += published is Published.SHED
         self._spool.taken(oldest.seq)
         self._note_back()
+
+    def _known_number(self) -> int:
+        """The ledger's last number if it is one of this spool, as the first look at the server finds it."""
+        if self._known is None:
+            last = self._publisher.last_seq(self._product, self._camera)
+            self._known = last if self._spool.holds(last) else NEVER
+        return self._known
 
     def _note_away(self, error: ServerUnavailable) -> None:
         if self._away_since is None:

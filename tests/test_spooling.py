@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import redis
-from conftest import MortalServer, new_frame
+from conftest import MortalServer, full, new_frame
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
@@ -374,6 +374,56 @@ def test_a_spool_whose_numbers_another_producer_has_passed_is_not_dropped(valkey
     assert publisher.counts().waiting == 3
 
 
+def test_a_number_between_two_runs_of_the_spool_is_another_producers(valkey, server, opened, folder):
+    spooled(folder, 1, 3)
+    spooled(folder, 100, 103)
+    Publisher(server, settings()).publish(new_frame(50))
+    with pytest.raises(FrameError, match="another producer pushes"):
+        drained(opened(valkey.url))
+    assert arrived(server) == [50]
+
+
+def test_numbers_that_go_back_are_refused_while_they_could_not_be_told_apart(mortal, opened):
+    publisher = opened(mortal.url)
+    mortal.kill()
+    publisher.publish(new_frame(5))
+    with pytest.raises(FrameError, match=r"bolt/cam-1/4 is not above seq 5, the last in the spool"):
+        publisher.publish(new_frame(4))
+    assert publisher.counts().waiting == 1
+
+
+def test_a_lost_position_doubles_nothing(valkey, server, opened, folder):
+    spooled(folder, 1, 10)
+    publisher = opened(valkey.url, max_in_flight=4)
+    while publisher.counts().replayed < 4:
+        assert not publisher.drain(ended())
+    publisher.close()
+    (folder / "position").unlink()
+    assert drained(opened(valkey.url))
+    assert arrived(server) == list(range(1, 11))
+    assert (account(server).captured, account(server).lost) == (10, 0)
+
+
+def test_what_is_lost_is_counted_on_a_server_without_memory(valkey, server, opened, folder):
+    spooled(folder, 1, 1)
+    (path,) = folder.glob("*.seg")
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with full(server):
+        assert drained(opened(valkey.url, policy="drop_newest"))
+    Publisher(server, settings()).publish(new_frame(2))  # only now readers can be told of the product
+    assert (account(server).captured, account(server).lost, account(server).shed) == (2, 1, 0)
+
+
+def test_a_product_of_which_everything_was_shed_is_known(valkey, server, opened, folder):
+    spool = Spool(folder, 1 << 20)
+    spool.note(Record(1, 1, 10**18, None, "drop_newest spool"))
+    spool.close()
+    assert drained(opened(valkey.url))
+    assert account(server).shed_by == {"drop_newest spool": 1}
+
+
 @pytest.mark.parametrize("policy", ["drop_newest", "drop_oldest", "block"])
 def test_a_full_disk_is_said_once_and_its_frames_are_counted(mortal, opened, folder, policy):
     say = Lines()
@@ -401,12 +451,9 @@ def test_a_full_disk_is_said_once_and_its_frames_are_counted(mortal, opened, fol
 def test_a_server_without_memory_sends_frames_to_the_spool(valkey, server, opened):
     publisher = opened(valkey.url, retry_s=FOREVER_S)
     publisher.publish(new_frame(1))
-    server.config_set("maxmemory", 1)
-    try:
+    with full(server):
         # the guard of the publisher looks twice a second; either way nothing is lost
         assert publisher.publish(new_frame(2), ended()) in (Published.SPOOLED, Published.SHED)
-    finally:
-        server.config_set("maxmemory", 0)
     assert drained(publisher)
     counts = account(server)
     assert (counts.captured, counts.lost) == (2, 0)
