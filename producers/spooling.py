@@ -2,7 +2,6 @@
 
 import logging
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
@@ -10,15 +9,14 @@ from types import TracebackType
 import redis
 
 from producers.errors import FrameError, ServerUnavailable, SpoolFull, SpoolUnwritable
-from producers.frame import Frame, Picture
-from producers.publisher import NEVER, Published, Publisher
+from producers.frame import Frame
+from producers.publisher import Published, Publisher
+from producers.replaying import Replayer
 from producers.settings import PublisherSettings
 from producers.spool import Spool
-from producers.spooled import Lost, Record
+from producers.spooled import Record
 
-_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 1.0
 _LOOK_S = 0.05
-_NO_PICTURE = Picture("raw", (0, 0, 0), b"")
 
 logger = logging.getLogger(__name__)
 
@@ -74,22 +72,15 @@ class SpooledPublisher:
         self._product, self._camera, self._spool, self._say = product, camera, spool, say
         self._settings = settings
         self._publisher = Publisher(server, settings.model_copy(update={"retry_s": settings.spool_after_s}))
+        self._replayer = Replayer(product, camera, self._publisher, spool, say)
         self._first: int | None = None
-        self._known: int | None = None
         self._order = threading.Lock()
-        self._closing = threading.Event()
-        self._failure: Exception | None = None
-        self._away_since: float | None = None
-        self._find_server: Callable[[], redis.Redis | None] = lambda: None
         self._disk_failed = False
         self._direct = self._direct_shed = self._spooled = 0
-        self._replayed = self._replayed_shed = self._lost = 0
-        self._replayer = threading.Thread(target=self._run, name=f"spool {product}/{camera}", daemon=True)
-        self._replayer.start()
 
     def follow(self, find_server: Callable[[], redis.Redis | None]) -> None:
         """While Redis is away, ask for a client of its new address; None says that there is none."""
-        self._find_server = find_server
+        self._replayer.find_server = find_server
 
     def last_seq(self) -> int:
         """The camera's last used number, of ledger and spool; while Redis is away, of the spool."""
@@ -113,7 +104,7 @@ class SpooledPublisher:
         if (frame.product, frame.camera) != (self._product, self._camera):
             raise FrameError(f"{frame.frame_id} is no frame of {self._product}/{self._camera}, whose spool this is")
         with self._order:
-            self._raise_failure()
+            self._replayer.raise_failure()
             if self._first is None:
                 self._first = frame.seq
             if self._spool.empty:
@@ -130,11 +121,11 @@ class SpooledPublisher:
         """What was done so far."""
         waiting, notes = self._spool.waiting()
         return SpoolCounts(
-            published=self._direct + self._replayed,
+            published=self._direct + self._replayer.replayed,
             spooled=self._spooled,
-            replayed=self._replayed,
-            shed=self._direct_shed + self._replayed_shed + notes,
-            lost=self._lost,
+            replayed=self._replayer.replayed,
+            shed=self._direct_shed + self._replayer.shed + notes,
+            lost=self._replayer.lost,
             waiting=waiting,
             notes=notes,
         )
@@ -146,22 +137,19 @@ class SpooledPublisher:
             FrameError, SpoolError: as `publish`.
         """
         while not self._spool.wait_empty(_LOOK_S):
-            self._raise_failure()
-            away_since = self._away_since
-            away_s = time.monotonic() - away_since if away_since else 0.0
-            if stop.is_set() or away_s > self._settings.retry_s:
+            self._replayer.raise_failure()
+            if stop.is_set() or self._replayer.away_s > self._settings.retry_s:
                 return False
         return True
 
     @property
     def closed(self) -> bool:
         """Whether `close` was called."""
-        return self._closing.is_set()
+        return self._replayer.closed
 
     def close(self) -> None:
         """End the replaying and close the spool; what is in it stays."""
-        self._closing.set()
-        self._replayer.join()
+        self._replayer.close()
         self._spool.close()
 
     def __enter__(self) -> "SpooledPublisher":
@@ -172,8 +160,6 @@ class SpooledPublisher:
     ) -> None:
         self.close()
 
-    # --- the camera's side
-
     def _publish_directly(self, frame: Frame, stop: threading.Event) -> Published | None:
         """None if the server is away, and the frame may be in the stream or not: its replay finds out."""
         assert self._first is not None
@@ -181,7 +167,7 @@ class SpooledPublisher:
         try:
             published = self._publisher.publish(frame, stop)
         except ServerUnavailable as error:
-            self._note_away(error)
+            self._replayer.note_away(error)
             return None
         self._direct += published is Published.ADDED
         self._direct_shed += published is Published.SHED
@@ -208,7 +194,7 @@ class SpooledPublisher:
                 return self._shed(record, f"{policy} {bound}")
             if stop.wait(_LOOK_S):
                 return self._shed(record, "stopped while full")
-            self._raise_failure()
+            self._replayer.raise_failure()
 
     def _made_room(self) -> bool:
         try:
@@ -221,75 +207,8 @@ class SpooledPublisher:
         self._spool.note(record.shed(reason))
         return Published.SHED
 
-    def _raise_failure(self) -> None:
-        if self._failure is not None:
-            raise self._failure
-
     def _note_disk(self, error: SpoolUnwritable) -> None:
         if not self._disk_failed:
             kept = "the camera waits" if self._settings.policy == "block" else "frames are shed and counted"
             self._say(f"{error}; {kept} until it can")
         self._disk_failed = True
-
-    # --- the replayer's side
-
-    def _run(self) -> None:
-        pause_s = _PAUSE_S
-        try:
-            while not self._closing.is_set():
-                self._spool.sync()
-                oldest = self._spool.peek(timeout_s=_LOOK_S)
-                if oldest is None:
-                    continue
-                try:
-                    self._send(oldest)
-                    pause_s = _PAUSE_S
-                except ServerUnavailable as error:
-                    self._note_away(error)
-                    self._closing.wait(pause_s)
-                    pause_s = min(pause_s * 2, _LONGEST_PAUSE_S)
-                    moved = self._find_server()
-                    if moved is not None:  # the spool is not empty, so only this thread publishes now
-                        self._publisher.move_to(moved)
-        except FrameError as error:
-            self._failure = FrameError(f"{error}; to give up the frames in {self._spool.path}, remove that folder")
-        except Exception as error:  # the thread's outer edge: raised again in `publish` and `drain`
-            self._failure = error
-
-    def _send(self, oldest: Record | Lost) -> None:
-        """Publish or count the spool's oldest entry, then forget it: only now does the ledger know it."""
-        self._publisher.begin_run(self._product, self._camera, oldest.first)
-        picture = oldest.picture if isinstance(oldest, Record) else None
-        frame = Frame(self._product, self._camera, oldest.seq, oldest.captured_at_ns, picture or _NO_PICTURE)
-        if isinstance(oldest, Lost):
-            self._publisher.lose(frame, oldest.from_seq, self._closing)
-            self._lost += oldest.seq - oldest.from_seq + 1
-        elif picture is None:
-            self._publisher.shed(frame, oldest.reason, self._closing)
-            self._replayed_shed += 1
-        else:
-            published = self._publisher.resend(frame, self._known_number(), self._closing)
-            if published is Published.SPOOLED:  # closing
-                return
-            self._replayed += published is Published.ADDED
-            self._replayed_shed += published is Published.SHED
-        self._spool.taken(oldest.seq)
-        self._note_back()
-
-    def _known_number(self) -> int:
-        """The ledger's last number if it is one of this spool, as the first look at the server finds it."""
-        if self._known is None:
-            last = self._publisher.last_seq(self._product, self._camera)
-            self._known = last if self._spool.holds(last) else NEVER
-        return self._known
-
-    def _note_away(self, error: ServerUnavailable) -> None:
-        if self._away_since is None:
-            self._away_since = time.monotonic()
-            self._say(f"{error}; frames go to the spool {self._spool.path} meanwhile")
-
-    def _note_back(self) -> None:
-        if self._away_since is not None:
-            self._away_since = None
-            waiting, _ = self._spool.waiting()
-            self._say(f"Redis answers again; {waiting + 1} frames follow from the spool")
