@@ -100,9 +100,9 @@ class _Line:
             "publish": self._publish,
             "publish_with_idle_spool": self._publish_with_idle_spool,
             "append_fsync_always": lambda: self._append("always"),
-            "replay": self._replay,
+            "replay_after_fsync_always": self._replay,
             "append_fsync_interval": lambda: self._append("interval"),
-            "replay_again": self._replay,
+            "replay_after_fsync_interval": self._replay,
         }
 
     def _publish(self) -> float:
