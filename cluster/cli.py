@@ -179,29 +179,54 @@ def ledger(
 
 @app.command()
 def push(
-    source: Annotated[str, typer.Argument(help="A folder of images or a video file.")],
-    product: Product,
-    camera: Annotated[str, typer.Option("--camera", "-c", help="Camera's name.")],
+    source: Annotated[str | None, typer.Argument(help="A folder of images or a video file.")] = None,
+    product: Annotated[str | None, typer.Option("--product", "-p", help="Product's name.")] = None,
+    camera: Annotated[str | None, typer.Option("--camera", "-c", help="Camera's name.")] = None,
     fps: Annotated[float | None, typer.Option(min=0.001, help="Frames a second; else as fast as taken.")] = None,
     loop: Annotated[bool, typer.Option("--loop", help="Start over at the end, until Ctrl-C.")] = False,
+    replay: Annotated[bool, typer.Option("--replay", help="No source: send what earlier pushes left on disk.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Push a source's frames as a camera; waits while the line is behind."""
-    from cluster.connection import connect
+    """Push a source's frames as a camera; waits while the line is behind, and keeps frames on disk without Redis."""
     from cluster.pushing import push_frames
-    from cluster.run_state import redis_url_of
+    from cluster.spools import connect_for_push
     from producers.camera import Camera
     from producers.sources import open_source
 
     config = _common.load()
+    if replay:
+        _replay(config, source, (product, camera), as_json)
+        return
+    if source is None or product is None or camera is None:
+        raise ProctorError("push needs a SOURCE, --product and --camera, or --replay: see `proctor push --help`")
     opened = open_source(source, config.publish)
     with_names = Camera(product, camera, opened, fps, loop)
-    server = connect(redis_url_of(config))
-    summary = push_frames(with_names, server, config.publish, _stop_on_signal(), err)
+    server = connect_for_push(config, product, _say)
+    summary = push_frames(with_names, server, config, _stop_on_signal(), err)
     if as_json:
         _print_json(summary.as_dict())
     else:
         out.print(summary.line())
+
+
+def _replay(config: ProctorConfig, source: str | None, only: tuple[str | None, str | None], as_json: bool) -> None:
+    from cluster.connection import connect
+    from cluster.run_state import redis_url_of
+    from cluster.spools import replay_spools
+
+    if source is not None:
+        raise ProctorError(f"--replay sends what is in the spool and takes no source: leave {source} out")
+    replays = replay_spools(config, connect(redis_url_of(config)), only, _stop_on_signal(), _say)
+    if as_json:
+        _print_json([each.as_dict() for each in replays])
+    else:
+        for each in replays:
+            out.print(each.line(), markup=False, highlight=False)
+        if not replays:
+            out.print("no spool holds a frame")
+    left = [each for each in replays if each.waiting or each.error]
+    if left:
+        raise ProctorError(f"{len(left)} of {len(replays)} spools were not emptied: they stay as they are")
 
 
 # --- training

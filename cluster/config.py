@@ -24,12 +24,14 @@ from pydantic_settings import (
 
 from cluster.errors import ConfigError
 from models.settings import TrainingSettings
-from producers.settings import PublisherSettings
+from producers.settings import Policy, PublisherSettings
 from workers.settings import WorkerSettings
 
 FILE_NAME = "proctor.toml"
 FILE_VARIABLE = "PROCTOR_CONFIG"
 PREFIX = "PROCTOR_"
+
+_BOUNDS = {"policy", "max_in_flight", "max_in_flight_mb"}
 
 ProductName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]
 
@@ -50,6 +52,9 @@ class RedisSettings(_Section):
 
     url: str = Field(default="", description="redis://, rediss:// or unix://; empty: embedded server")
     port: int = Field(default=0, ge=0, le=65535, description="of the embedded server; 0: a free one")
+    maxmemory_mb: int = Field(
+        default=0, ge=0, description="memory of the embedded server; 0: a quarter of the machine's, at least 256"
+    )
 
     @field_validator("url")
     @classmethod
@@ -96,7 +101,7 @@ class TrainerSettings(_Section):
 
 
 class ProductSettings(_Section):
-    """What one product has different: its training from `[training]`, its takt from `[worker]`."""
+    """What one product has different from `[training]`, its takt from `[worker]` and its bounds from `[publish]`."""
 
     detector: str | None = None
     detector_options: dict[str, Any] | None = None
@@ -104,6 +109,9 @@ class ProductSettings(_Section):
     input_size: int | None = None
     false_reject_rate: float | None = None
     takt_ms: float | None = Field(default=None, gt=0, description="a frame's verdict is due so long after its capture")
+    policy: Policy | None = None
+    max_in_flight: int | None = Field(default=None, ge=1)
+    max_in_flight_mb: float | None = Field(default=None, gt=0)
 
 
 class ProctorConfig(BaseSettings):
@@ -158,8 +166,13 @@ class ProctorConfig(BaseSettings):
 
     def training_for(self, product: str) -> TrainingSettings:
         """Return `[training]` with what `[products.NAME]` overrides; another detector has its own options."""
-        overrides = self.products.get(product, ProductSettings()).model_dump(exclude_none=True, exclude={"takt_ms"})
-        return self.training.changed(overrides)
+        mine = self.products.get(product, ProductSettings())
+        return self.training.changed(mine.model_dump(exclude_none=True, exclude={"takt_ms", *_BOUNDS}))
+
+    def publish_settings(self, product: str) -> PublisherSettings:
+        """Return `[publish]` with the policy and the bounds that `[products.NAME]` overrides."""
+        mine = self.products.get(product, ProductSettings())
+        return self.publish.model_copy(update=mine.model_dump(exclude_none=True, include=_BOUNDS))
 
     def worker_settings(self) -> WorkerSettings:
         """Return `[worker]` with the takt of every product that has its own."""

@@ -7,20 +7,50 @@ import redis
 from redis.backoff import ExponentialBackoff, NoBackoff
 from redis.retry import Retry
 
-from cluster.errors import ServerError
+from cluster.errors import ServerAway, ServerError
 
 OLDEST_VERSION = (7, 0)
 
 
-def connect(url: str, *, timeout_s: float = 5.0) -> redis.Redis:
+def connect(url: str, *, timeout_s: float = 5.0, retries: int = 3) -> redis.Redis:
     """Connect to the server at `url` and check that it answers, accepts us and is new enough.
 
     Args:
         url: `redis://`, `rediss://` or `unix://`, with user and password where the server wants them.
         timeout_s: seconds for connecting and for every answer; a blocking command must ask for less.
+        retries: how often a command is tried again by the client, once it is connected.
 
     Raises:
+        ServerAway: it does not answer.
         ServerError: one line that says what to do and never shows the password.
+    """
+    client = unchecked_client(url, timeout_s=timeout_s)
+    shown = shown_url(client)
+    try:
+        # not PING: a server whose disk is full refuses that, and its ledger is wanted most then
+        version = str(client.info("server").get("redis_version", "unknown"))
+    except (redis.RedisError, OSError) as error:
+        client.close()
+        away = isinstance(error, redis.TimeoutError | redis.BusyLoadingError) or isinstance(
+            error.__cause__ or error.__context__, ConnectionRefusedError | FileNotFoundError
+        )
+        raise (ServerAway if away else ServerError)(_explain(error, shown, timeout_s)) from None
+    parts = re.match(r"(\d+)\.(\d+)", version)
+    if parts is None or (int(parts[1]), int(parts[2])) < OLDEST_VERSION:
+        client.close()
+        raise ServerError(
+            f"the server at {shown} is version {version}: Proctor needs {'.'.join(map(str, OLDEST_VERSION))} or newer"
+        )
+    # Only now, so that a wrong address fails at once.
+    client.set_retry(Retry(ExponentialBackoff(cap=0.5, base=0.05), retries))
+    return client
+
+
+def unchecked_client(url: str, *, timeout_s: float) -> redis.Redis:
+    """A client that tries nothing twice, for a server that need not answer yet.
+
+    Raises:
+        ServerError: `url` is no address.
     """
     try:
         client = redis.Redis.from_url(
@@ -29,21 +59,6 @@ def connect(url: str, *, timeout_s: float = 5.0) -> redis.Redis:
         client.connection_pool.make_connection()  # its options are checked only here
     except (ValueError, TypeError) as error:
         raise ServerError(f"redis.url is not a Redis address: {error}") from None
-    shown = shown_url(client)
-    try:
-        # not PING: a server whose disk is full refuses that, and its ledger is wanted most then
-        version = str(client.info("server").get("redis_version", "unknown"))
-    except (redis.RedisError, OSError) as error:
-        client.close()
-        raise ServerError(_explain(error, shown, timeout_s)) from None
-    parts = re.match(r"(\d+)\.(\d+)", version)
-    if parts is None or (int(parts[1]), int(parts[2])) < OLDEST_VERSION:
-        client.close()
-        raise ServerError(
-            f"the server at {shown} is version {version}: Proctor needs {'.'.join(map(str, OLDEST_VERSION))} or newer"
-        )
-    # Only now, so that a wrong address fails at once.
-    client.set_retry(Retry(ExponentialBackoff(cap=0.5, base=0.05), 3))
     return client
 
 

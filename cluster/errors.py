@@ -13,5 +13,9 @@ class ServerError(ProctorError):
     """The Redis or Valkey server cannot be started, reached or used."""
 
 
+class ServerAway(ServerError):
+    """The server does not answer, now; nothing is known to be wrong with its address."""
+
+
 class NotRunning(ProctorError):
     """No application was found here: `proctor up` starts one."""

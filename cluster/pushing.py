@@ -2,18 +2,23 @@
 
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import redis
+from redis.exceptions import RedisError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from cluster.config import ProctorConfig
+from cluster.spools import spooled_publisher
 from producers import keys
 from producers.camera import Camera
+from producers.frame import Frame
 from producers.publisher import Published, Publisher
 from producers.sequence import Sequence
-from producers.settings import PublisherSettings
+from producers.spooling import SpoolCounts
 
 
 @dataclass(frozen=True)
@@ -24,9 +29,12 @@ class PushSummary:
         product: the product.
         camera: the camera.
         captured: frames taken from the source.
-        published: frames in the stream.
-        shed: frames given up when the push was ended while the stream was full.
+        published: frames in the stream, those of an earlier push's spool among them.
+        shed: frames given up: at a bound, or in hand when the push was ended.
         seconds: duration.
+        replayed: published frames that waited in the spool before.
+        lost: frames whose record in the spool was damaged.
+        waiting: frames that stay in the spool, with the notes of shed ones.
     """
 
     product: str
@@ -35,6 +43,9 @@ class PushSummary:
     published: int
     shed: int
     seconds: float
+    replayed: int = 0
+    lost: int = 0
+    waiting: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -43,24 +54,71 @@ class PushSummary:
     def line(self) -> str:
         """For people."""
         rate = self.published / self.seconds if self.seconds else 0.0
-        shed = f", {self.shed} in hand not sent (shed)" if self.shed else ""
-        return f"pushed {self.published} frames as {self.product}/{self.camera}, {rate:.1f} frames/s{shed}"
+        parts = [f"pushed {self.published} frames as {self.product}/{self.camera}, {rate:.1f} frames/s"]
+        parts += [f"{self.replayed} of them through the spool"] if self.replayed else []
+        parts += [f"{self.shed} not sent (shed)"] if self.shed else []
+        parts += [f"{self.lost} lost with a damaged spool"] if self.lost else []
+        parts += [f"{self.waiting} wait in the spool: `proctor push --replay` sends them"] if self.waiting else []
+        return ", ".join(parts)
+
+
+class _Way(Protocol):
+    """How frames get into the stream: through a spool or without one."""
+
+    def last_seq(self) -> int: ...
+    def publish(self, frame: Frame, stop: threading.Event) -> Published: ...
+    def counts(self) -> SpoolCounts: ...
+    def drain(self, stop: threading.Event) -> bool: ...
+    def close(self) -> None: ...
+
+
+class _WithoutSpool:
+    """A plain publisher of one camera, which waits for a lost server, then ends."""
+
+    def __init__(self, camera: Camera, publisher: Publisher) -> None:
+        self._camera, self._publisher = camera, publisher
+        self._published = self._shed = 0
+
+    def last_seq(self) -> int:
+        return self._publisher.last_seq(self._camera.product, self._camera.name)
+
+    def publish(self, frame: Frame, stop: threading.Event) -> Published:
+        published = self._publisher.publish(frame, stop)
+        self._published += published is Published.ADDED
+        self._shed += published is Published.SHED
+        return published
+
+    def counts(self) -> SpoolCounts:
+        return SpoolCounts(published=self._published, shed=self._shed)
+
+    def drain(self, stop: threading.Event) -> bool:
+        return True
+
+    def close(self) -> None:
+        pass
 
 
 def push_frames(
-    camera: Camera, server: redis.Redis, settings: PublisherSettings, stop: threading.Event, console: Console
+    camera: Camera, server: redis.Redis, config: ProctorConfig, stop: threading.Event, console: Console
 ) -> PushSummary:
-    """Publish a camera's frames until its source ends or `stop` is set.
+    """Publish a camera's frames until its source ends or `stop` is set, then what waits in its spool.
 
     Raises:
-        ProducerError: Redis stays away, or another producer uses the camera's name.
+        ProducerError: another producer uses the camera's name; the spool cannot be used; without a spool, Redis
+            stays away.
     """
-    publisher = Publisher(server, settings)
-    if not server.exists(keys.model(camera.product)):
-        console.print(f"[yellow]{camera.product} has no version in service: its frames get the verdict `unknown`[/]")
-    sequence = Sequence(after=publisher.last_seq(camera.product, camera.name))
-    captured = published = 0
-    started = time.monotonic()
+
+    def say(line: str) -> None:
+        console.print(line, style="yellow", markup=False, highlight=False, soft_wrap=True)
+
+    _say_without_version(camera.product, server, say)
+    settings = config.publish_settings(camera.product)
+    way: _Way = (
+        spooled_publisher(config, camera.product, camera.name, server, say)
+        if settings.spool_mb
+        else _WithoutSpool(camera, Publisher(server, settings))
+    )
+    captured, started = 0, time.monotonic()
     total = len(camera.source) if not camera.loop and len(camera.source) else None
     columns = (
         TextColumn(f"{camera.product}/{camera.name}"),
@@ -68,13 +126,45 @@ def push_frames(
         MofNCompleteColumn(),
         TextColumn("{task.fields[rate]}"),
     )
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("push", total=total, rate="")
-        for frame in camera.frames(sequence, stop):
-            captured += 1
-            published += publisher.publish(frame, stop) is Published.ADDED
-            rate = f"{published / max(1e-9, time.monotonic() - started):.1f} frames/s"
-            progress.update(task, completed=published, rate=rate)
+    try:
+        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+            task = progress.add_task("push", total=total, rate="")
+            for frame in camera.frames(Sequence(after=way.last_seq()), stop):
+                captured += 1
+                way.publish(frame, stop)
+                counts = way.counts()
+                progress.update(task, completed=captured, rate=_rate(counts, time.monotonic() - started))
+            progress.update(task, rate="sending what is in the spool")
+            way.drain(stop)
+    finally:
+        way.close()
+    return _summary(camera, captured, way.counts(), time.monotonic() - started)
+
+
+def _say_without_version(product: str, server: redis.Redis, say: Callable[[str], None]) -> None:
+    try:
+        if not server.exists(keys.model(product)):
+            say(f"{product} has no version in service: its frames get the verdict `unknown`")
+    except RedisError:
+        pass  # away; the publisher says so
+
+
+def _rate(counts: SpoolCounts, seconds: float) -> str:
+    parts = [f"{counts.published / max(1e-9, seconds):.1f} frames/s"]
+    parts += [f"{counts.waiting} in the spool"] if counts.waiting else []
+    parts += [f"{counts.shed} shed"] if counts.shed else []
+    return ", ".join(parts)
+
+
+def _summary(camera: Camera, captured: int, counts: SpoolCounts, seconds: float) -> PushSummary:
     return PushSummary(
-        camera.product, camera.name, captured, published, captured - published, time.monotonic() - started
+        camera.product,
+        camera.name,
+        captured,
+        counts.published,
+        counts.shed,
+        seconds,
+        counts.replayed,
+        counts.lost,
+        counts.waiting + counts.notes,
     )

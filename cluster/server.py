@@ -27,6 +27,7 @@ from types import TracebackType
 from typing import BinaryIO
 from urllib.parse import quote
 
+import psutil
 import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
@@ -79,6 +80,7 @@ appendonly yes
 appendfsync everysec
 auto-aof-rewrite-min-size 512mb
 save ""
+maxmemory {maxmemory_mb}mb
 maxmemory-policy noeviction
 shutdown-on-sigterm now force
 """
@@ -108,6 +110,7 @@ class EmbeddedServer:
         *,
         port: int | None = None,
         password: str | None = None,
+        maxmemory_mb: int = 0,
         start_timeout_s: float = 30.0,
     ) -> "EmbeddedServer":
         """Start a server on `directory` (made with mode 0700; data of an earlier run is loaded) and await it.
@@ -116,6 +119,7 @@ class EmbeddedServer:
             directory: where the server keeps its data, log, pid file and configuration.
             port: TCP port on the loopback address; None or 0 lets the operating system choose a free one.
             password: what clients must give; None takes a random one.
+            maxmemory_mb: memory from which on it refuses frames; 0 takes a quarter of the machine's, at least 256.
             start_timeout_s: seconds until it must answer; time spent loading its data does not count.
 
         Raises:
@@ -125,7 +129,7 @@ class EmbeddedServer:
         directory = directory.absolute()
         with _claimed(directory) as lock_fd:
             for _ in range(PORT_ATTEMPTS):
-                launch = _Launch(directory, _free_port(port), password)
+                launch = _Launch(directory, _free_port(port), password, maxmemory_mb or _share_of_memory_mb())
                 try:
                     launch.spawn(binary, lock_fd)
                     return cls(launch, launch.await_ready(start_timeout_s))
@@ -150,7 +154,10 @@ class EmbeddedServer:
             ServerError: as for `start`.
         """
         self.stop()
-        again = EmbeddedServer.start(self._launch.directory, port=self.port, password=self._launch.password)
+        launch = self._launch
+        again = EmbeddedServer.start(
+            launch.directory, port=self.port, password=launch.password, maxmemory_mb=launch.maxmemory_mb
+        )
         self._launch, self.pid = again._launch, again.pid
         self.unix_url = again.unix_url
 
@@ -179,9 +186,10 @@ class _PortTakenError(ServerError):
 class _Launch:
     """One attempt to start the server: its files, its process and its end."""
 
-    def __init__(self, directory: Path, port: int, password: str | None) -> None:
+    def __init__(self, directory: Path, port: int, password: str | None, maxmemory_mb: int) -> None:
         self.directory = directory
         self.port = port
+        self.maxmemory_mb = maxmemory_mb
         self.password = password or secrets.token_urlsafe(24)
         self.config = directory / "server.conf"
         self.log = directory / "server.log"
@@ -236,6 +244,7 @@ class _Launch:
         text = _CONFIG.format(
             port=self.port,
             password=self.password,
+            maxmemory_mb=self.maxmemory_mb,
             socket=_quoted(self.socket),
             directory=_quoted(self.directory),
             pidfile=_quoted(_pidfile(self.directory)),
@@ -282,6 +291,14 @@ class _Launch:
             path.unlink(missing_ok=True)
         if self._private_dir is not None:
             shutil.rmtree(self._private_dir, ignore_errors=True)
+
+
+def _share_of_memory_mb() -> int:
+    """A quarter of the memory that this machine or container has, in MB, at least 256."""
+    total = psutil.virtual_memory().total
+    with contextlib.suppress(OSError, ValueError):  # no container, or one without a limit ("max")
+        total = min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return max(256, total // 4 // 2**20)
 
 
 def find_binary() -> Path:

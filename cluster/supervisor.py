@@ -148,7 +148,7 @@ def _start_redis(config: ProctorConfig, stack: contextlib.ExitStack, say: Say) -
         connect(config.redis.url).close()
         return None
     say("starting the embedded Valkey")
-    server = EmbeddedServer.start(config.home / "redis", port=config.redis.port)
+    server = EmbeddedServer.start(config.home / "redis", port=config.redis.port, maxmemory_mb=config.redis.maxmemory_mb)
     stack.callback(server.stop)
     return server
 

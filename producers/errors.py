@@ -23,3 +23,15 @@ class UnreadableImage(ProducerError):
 
 class ServerUnavailable(ProducerError):
     """Redis does not answer or refuses; the message says for how long and what was not published."""
+
+
+class SpoolError(ProducerError):
+    """The spool cannot be opened or read: another producer has it, or its folder is not usable."""
+
+
+class SpoolFull(ProducerError):
+    """The bound of the spool is reached; nothing was written."""
+
+
+class SpoolUnwritable(ProducerError):
+    """The disk of the spool takes nothing; nothing was written."""

@@ -1,5 +1,6 @@
 """Publishing frames into their product's stream, counted, without losing or doubling one."""
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from redis.exceptions import (
 from producers import keys
 from producers.errors import FrameError, ServerUnavailable
 from producers.frame import Frame, check_camera, check_product
-from producers.publishing import PUBLISH, SHED
+from producers.publishing import LOST, PUBLISH, SHED
 from producers.retention import Retention
 from producers.settings import PublisherSettings
 
@@ -28,6 +29,10 @@ class Published(Enum):
 
     ADDED = "added"
     SHED = "shed"
+    SPOOLED = "spooled"
+
+
+NEVER = -1
 
 
 class Publisher:
@@ -44,14 +49,21 @@ class Publisher:
     """
 
     def __init__(self, server: redis.Redis, settings: PublisherSettings) -> None:
-        self._server, self._settings = server, settings
-        self._publish = server.register_script(PUBLISH)
-        self._shed = server.register_script(SHED)
+        self._settings = settings
         self._announced: set[str] = set()
         self._firsts: dict[tuple[str, str], int] = {}
         self._retention = Retention(settings.retain_s, int(settings.retain_mb * 2**20))
         self._retention_lock = threading.Lock()
         self._memory_full = False
+        self.move_to(server)
+
+    def move_to(self, server: redis.Redis) -> None:
+        """Publish to `server` from now on: the same one at another address; not while a frame is being published."""
+        self._server = server
+        self._publish = server.register_script(PUBLISH)
+        self._shed = server.register_script(SHED)
+        self._lost = server.register_script(LOST)
+        self._announced.clear()
         self._memory_read_at = float("-inf")
 
     def last_seq(self, product: str, camera: str) -> int:
@@ -81,18 +93,54 @@ class Publisher:
         """
         stop = stop or threading.Event()
         self._firsts.setdefault((frame.product, frame.camera), frame.seq)
-        known_from = self._deliver(frame, stop, declare=False)
-        if isinstance(known_from, Published):
-            return known_from
+        return self._publish_in_run(frame, stop, NEVER) or self._shed_in_hand(frame, stop)
+
+    def resend(self, frame: Frame, known: int, stop: threading.Event) -> Published:
+        """Publish a frame of a spool, under the same bounds; SPOOLED says that `stop` ended the waiting.
+
+        Args:
+            frame: the spool's oldest frame; `begin_run` has told its run.
+            known: a number of this spool that the ledger had when the process started, or NEVER. What is not above it
+                was published before, by a process that ended before it could note that.
+            stop: when set while the stream is full, the frame stays where it is.
+
+        Raises:
+            FrameError: the camera's numbers have passed the frame, as they do when another producer uses its name.
+            ServerUnavailable: as `publish`.
+        """
+        return self._publish_in_run(frame, stop, known) or Published.SPOOLED
+
+    def shed(self, frame: Frame, reason: str, stop: threading.Event) -> None:
+        """Count a frame that was given up before it came here; a second time counts nothing.
+
+        Raises:
+            ServerUnavailable: as `publish`.
+        """
+        self._with_patience(frame, lambda each: self._give_up(each, reason), stop)
+
+    def lose(self, last: Frame, from_seq: int, stop: threading.Event) -> None:
+        """Count the numbers from `from_seq` up to `last`'s as lost, as far as the ledger does not know them.
+
+        Raises:
+            ServerUnavailable: as `publish`.
+        """
+        self._with_patience(last, lambda each: self._count_lost(each, from_seq), stop)
+
+    def _publish_in_run(self, frame: Frame, stop: threading.Event, known: int) -> Published | None:
+        """Publish one frame and what of its run the server forgot; None if `stop` came while the stream was full."""
+        outcome = self._deliver(frame, stop, known, declare=False)
+        if not isinstance(outcome, int):
+            return outcome
         with self._retention_lock:
-            retained = self._retention.since(frame, known_from)
+            retained = self._retention.since(frame, outcome)
         for old in retained:  # what of them a second answer shows to be there already is not added twice
-            self._deliver(old, stop, declare=True)
-        published = self._deliver(frame, stop, declare=True)
-        assert isinstance(published, Published)  # a declared gap is counted, not refused
+            if self._deliver(old, stop, known, declare=True) is None:
+                self._shed_in_hand(old, stop)
+        published = self._deliver(frame, stop, known, declare=True)
+        assert not isinstance(published, int)  # a declared gap is counted, not refused
         return published
 
-    def _deliver(self, frame: Frame, stop: threading.Event, *, declare: bool) -> Published | int:
+    def _deliver(self, frame: Frame, stop: threading.Event, known: int, *, declare: bool) -> Published | int | None:
         """Publish one frame, or return the number from which on the server knows nothing of the camera's run."""
         pause_s = 0.002
         while True:
@@ -106,16 +154,19 @@ class Publisher:
             if word == "gap":
                 return int(number)
             if word == "behind":
-                if declare:  # sent again, yet not forgotten: another thread of ours was faster
+                if declare or frame.seq <= known:  # not forgotten, or sent before a process of ours ended
                     return Published.ADDED
                 raise FrameError(
                     f"{frame.frame_id} is not above seq {number}, the camera's last: another producer pushes as "
                     f"camera {frame.camera!r}; give each its own name"
                 )
             if stop.wait(pause_s):
-                self._with_patience(frame, lambda each: self._give_up(each, "stopped while full"), stop)
-                return Published.SHED
+                return None
             pause_s = min(pause_s * 1.5, 0.05)
+
+    def _shed_in_hand(self, frame: Frame, stop: threading.Event) -> Published:
+        self.shed(frame, "stopped while full", stop)
+        return Published.SHED
 
     def _with_patience(self, frame: Frame, step: Callable[[Frame], str], stop: threading.Event) -> str:
         give_up_at = time.monotonic() + self._settings.retry_s
@@ -154,6 +205,10 @@ class Publisher:
         if product not in self._announced:
             self._server.sadd(keys.PRODUCTS, product)
             self._announced.add(product)
+
+    def _announce_if_possible(self, product: str) -> None:
+        with contextlib.suppress(OutOfMemoryError):  # then the next frame that is added does it
+            self._announce(product)
 
     def _add(self, frame: Frame, declare: bool) -> str:
         fields, product, settings = frame.to_fields(), frame.product, self._settings
@@ -205,6 +260,7 @@ class Publisher:
 
     def _give_up(self, frame: Frame, reason: str) -> str:
         product = frame.product
+        self._announce_if_possible(product)
         self._shed(
             keys=[keys.ledger(product), keys.verdicts(product), keys.gaps(product), keys.tally(product)],
             args=[
@@ -218,6 +274,16 @@ class Publisher:
             ],
         )
         return "shed"
+
+    def _count_lost(self, last: Frame, from_seq: int) -> str:
+        product, camera = last.product, last.camera
+        first = self._firsts.get((product, camera), from_seq)
+        self._announce_if_possible(product)
+        self._lost(
+            keys=[keys.ledger(product), keys.gaps(product), keys.tally(product)],
+            args=[camera, from_seq, last.seq, last.captured_at_ns, first],
+        )
+        return "lost"
 
 
 def _may_pass(error: RedisError) -> bool:

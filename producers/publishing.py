@@ -143,3 +143,20 @@ answer_unknown(KEYS[2], kept, product, camera, seq, 'shed: ' .. reason, server_m
 return 1
 """
 )
+
+# Numbers that a run had and whose frames are known to be gone, as in a spool with a damaged record. Allowed like SHED.
+# KEYS: ledger gaps tally; ARGV: camera from to captured_at_ns first
+LOST = (
+    "#!lua flags=allow-oom\n"
+    + COUNT
+    + _LOSE
+    + """
+local camera, captured_ns = ARGV[1], ARGV[4]
+local last = redis.call('HGET', KEYS[1], camera .. ':last_seq')
+local from = math.max(last and tonumber(last) + 1 or 0, math.min(tonumber(ARGV[2]), tonumber(ARGV[5])))
+if tonumber(ARGV[3]) < from then return 0 end
+lose(KEYS[1], KEYS[3], KEYS[2], math.floor(tonumber(captured_ns) / 1e6), camera, from, tonumber(ARGV[3]))
+redis.call('HSET', KEYS[1], camera .. ':last_seq', ARGV[3], camera .. ':last_captured_at_ns', captured_ns)
+return 1
+"""
+)

@@ -1,5 +1,6 @@
 """A user's mistakes at the command line: one clear line, a non-zero status, never a traceback."""
 
+import json
 import os
 import signal
 import socket
@@ -11,8 +12,12 @@ import cv2
 import numpy as np
 import psutil
 import pytest
+import redis
 
 from cluster.server import EmbeddedServer
+from producers.frame import Picture
+from producers.spool import Spool
+from producers.spooled import Record
 from workers.ledger import read_ledger
 
 PROCTOR = [sys.executable, "-m", "cluster.cli"]
@@ -136,8 +141,6 @@ def test_ctrl_c_ends_a_push_in_order(tmp_path, images, valkey):
         stderr=subprocess.PIPE,
         text=True,
     )
-    import redis
-
     server = redis.Redis.from_url(valkey.url)
     while server.xlen("frames:{ctrl-c}") < 5:  # full: the next publish blocks, since nobody reads
         assert process.poll() is None
@@ -150,6 +153,54 @@ def test_ctrl_c_ends_a_push_in_order(tmp_path, images, valkey):
     assert (account.judged, account.in_flight) == (0, 5)
     assert account.captured == 5 + account.shed
     server.close()
+
+
+def test_a_push_without_a_source_says_what_it_needs(tmp_path, images):
+    for command in (["push"], ["push", "images", "--product", "p"], ["push", "--camera", "c"]):
+        assert "push needs a SOURCE, --product and --camera, or --replay" in one_line(proctor(*command, cwd=tmp_path))
+    assert "takes no source" in one_line(proctor("push", "images", "--replay", cwd=tmp_path))
+
+
+def test_a_push_without_a_server_goes_to_the_spool_and_is_sent_later(tmp_path, images, valkey):
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        nowhere = f"redis://127.0.0.1:{unused.getsockname()[1]}/0"
+    away = {"PROCTOR_REDIS__URL": nowhere, "PROCTOR_PUBLISH__RETRY_S": "0", "PROCTOR_PUBLISH__SPOOL_AFTER_S": "0"}
+    done = proctor("push", "images", "-p", "later", "-c", "top", cwd=tmp_path, env=away)
+    assert done.returncode == 0, done.stderr
+    assert "pushed 0 frames as later/top" in done.stdout
+    assert "3 wait in the spool: `proctor push --replay` sends them" in done.stdout
+    assert f"nothing listens at {nowhere}" in done.stderr
+    assert f"frames go to the spool {tmp_path}/.proctor/spool/later/top" in done.stderr
+
+    replay = proctor("push", "--replay", cwd=tmp_path, env={"PROCTOR_REDIS__URL": valkey.url})
+    assert (replay.returncode, replay.stdout.strip()) == (0, "later/top: 3 frames sent")
+    again = proctor("push", "--replay", "--json", cwd=tmp_path, env={"PROCTOR_REDIS__URL": valkey.url})
+    assert (again.returncode, json.loads(again.stdout)) == (0, [])
+    with redis.Redis.from_url(valkey.url) as server:
+        (account,) = next(each for each in read_ledger(server) if each.product == "later").cameras
+    assert (account.captured, account.in_flight, account.lost) == (3, 3, 0)
+
+
+def test_a_replay_leaves_the_spool_of_a_camera_that_pushes_alone(tmp_path, valkey):
+    spool = Spool(tmp_path / ".proctor" / "spool" / "busy" / "top", 1 << 20)
+    spool.append(Record(7, 7, 1, Picture("raw", (1, 1, 1), b"x")))
+    done = proctor("push", "--replay", cwd=tmp_path, env={"PROCTOR_REDIS__URL": valkey.url})
+    assert done.returncode == 1
+    assert "busy/top: another producer uses the spool" in done.stdout
+    assert "proctor: 1 of 1 spools were not emptied" in done.stderr
+    assert spool.waiting() == (1, 0)
+    spool.close()
+
+
+def test_without_a_spool_a_lost_server_ends_the_push(tmp_path, images):
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        nowhere = f"redis://127.0.0.1:{unused.getsockname()[1]}/0"
+    environment = {"PROCTOR_REDIS__URL": nowhere, "PROCTOR_PUBLISH__SPOOL_MB": "0"}
+    line = one_line(proctor("push", "images", "-p", "p", "-c", "c", cwd=tmp_path, env=environment))
+    assert "nothing listens at" in line
+    assert not (tmp_path / ".proctor" / "spool").exists()
 
 
 def test_help_names_every_command(tmp_path):

@@ -240,3 +240,21 @@ def test_the_check_imports_nothing():
     )
     printed = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
     assert printed.stdout.strip() == "[]"
+
+
+def test_a_product_may_have_its_own_bounds():
+    write(
+        "[publish]\nmax_in_flight = 100\nspool_mb = 5\n"
+        '[products.bolt]\npolicy = "drop_oldest"\nmax_in_flight = 7\nmax_in_flight_mb = 1.5\ntakt_ms = 100\n'
+    )
+    config = load_config()
+    bolt, nut = config.publish_settings("bolt"), config.publish_settings("nut")
+    assert (bolt.policy, bolt.max_in_flight, bolt.max_in_flight_mb, bolt.spool_mb) == ("drop_oldest", 7, 1.5, 5)
+    assert nut == config.publish
+    assert config.training_for("bolt") == config.training
+
+
+def test_a_wrong_policy_of_a_product_is_refused():
+    message = refusal('[products.bolt]\npolicy = "drop"\n')
+    assert "products.bolt.policy = 'drop'" in message
+    assert "drop_newest" in message

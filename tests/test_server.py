@@ -22,7 +22,7 @@ from redis.retry import Retry
 from cluster import connection
 from cluster import server as module
 from cluster.connection import connect
-from cluster.errors import ServerError
+from cluster.errors import ServerAway, ServerError
 from cluster.server import EmbeddedServer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -98,6 +98,29 @@ def test_its_settings_are_those_of_a_durable_private_server(server, home):
     assert listening == {"127.0.0.1"}
     assert stat.S_IMODE(home.stat().st_mode) == 0o700
     assert os.getpgid(server.pid) != os.getpgrp()  # Ctrl-C reaches the application only
+
+
+def memory_limit_mb(server: EmbeddedServer) -> float:
+    with connect(server.url) as client:
+        return int(client.config_get("maxmemory")["maxmemory"]) / 2**20
+
+
+def test_it_may_use_a_quarter_of_the_memory(server):
+    assert 256 <= memory_limit_mb(server) <= max(256, psutil.virtual_memory().total / 4 / 2**20)
+
+
+def test_it_keeps_its_memory_limit_when_it_is_started_anew(home):
+    with EmbeddedServer.start(home, maxmemory_mb=300) as server:
+        assert memory_limit_mb(server) == 300
+        os.kill(server.pid, signal.SIGKILL)
+        server.restart()
+        assert memory_limit_mb(server) == 300
+
+
+def test_a_server_that_is_away_is_told_from_one_that_cannot_be_used(server):
+    server.stop()
+    with pytest.raises(ServerAway, match="nothing listens at"):
+        connect(server.url)
 
 
 def test_the_password_is_needed_and_nowhere_to_be_seen(server, home):
