@@ -36,7 +36,8 @@ from workers.loop import InspectionLoop
 from workers.pointers import Pointers
 from workers.redis_stream import RedisStream
 from workers.residency import Residency
-from workers.results import SegmentWriter, read_results
+from workers.reading import read_results
+from workers.results import SegmentWriter
 from workers.settings import WorkerSettings
 
 _PRODUCT, _SIZE, _PICTURES = "bench", 256, 16

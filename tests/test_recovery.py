@@ -25,7 +25,8 @@ from workers.places import Places
 from workers.pointers import Pointers
 from workers.redis_stream import RedisStream
 from workers.residency import Residency
-from workers.results import SegmentWriter, read_results
+from workers.reading import read_results
+from workers.results import SegmentWriter
 from workers.settings import WorkerSettings
 
 SETTINGS = WorkerSettings(

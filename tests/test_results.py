@@ -17,7 +17,8 @@ from conftest import new_frame, texture
 from producers.frame import Picture
 from workers.errors import ResultsUnavailable
 from workers.evidence import FAIL, PASS, UNKNOWN, dequantised, image_jpeg, is_kept, quantised
-from workers.results import HEAVY, MAP_SIZE, SCHEMA, Row, SegmentWriter, captured_at, filesystem, read_results
+from workers.reading import read_results
+from workers.results import HEAVY, MAP_SIZE, SCHEMA, Row, SegmentWriter, captured_at, filesystem
 from workers.settings import EvidenceSettings
 
 START = datetime(2026, 11, 23, 6, tzinfo=UTC)

@@ -8,7 +8,8 @@ from pydantic import BaseModel, ValidationError
 
 from producers.frame import check_product
 from workers.errors import JobError
-from workers.results import filesystem, read_results
+from workers.reading import read_results
+from workers.results import filesystem
 
 Label = Literal["normal", "defect"]
 

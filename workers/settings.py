@@ -30,3 +30,14 @@ class WorkerSettings(BaseModel):
     heartbeat_timeout_s: float = Field(default=20.0, gt=0, description="a loop silent for longer is replaced")
     pointer_poll_s: float = Field(default=0.5, gt=0, description="how often new versions are looked for")
     evidence: EvidenceSettings = EvidenceSettings()
+
+
+class ResultsSettings(BaseModel):
+    """Where results are, how often segments go into the table, and how long rows and evidence stay."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    uri: str = Field(default="", description="a directory or a URI as s3://bucket/path; empty: inside home")
+    compact_every_s: float = Field(default=60.0, ge=1, description="pause between two rounds of the compactor")
+    keep_days: int = Field(default=0, ge=0, description="rows captured longer ago are deleted; 0: none")
+    evidence_days: int = Field(default=0, ge=0, description="maps and images older than that are deleted; 0: none")
