@@ -20,8 +20,8 @@ from workers.engine import Engine, Request, Resident
 from workers.errors import StreamUnavailable
 from workers.evidence import dequantised, quantised
 from workers.loop import InspectionLoop
-from workers.residency import Residency
 from workers.reading import read_results
+from workers.residency import Residency
 from workers.results import Row, SegmentWriter
 from workers.settings import EvidenceSettings, WorkerSettings
 

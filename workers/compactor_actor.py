@@ -8,7 +8,7 @@ from workers.places import Places
 from workers.settings import ResultsSettings
 
 NAME = "compactor"
-DRAIN_S = 60.0
+DRAIN_S = 30.0  # above the limit of a last round
 _NICENESS = 10
 
 logger = logging.getLogger(__name__)
@@ -28,7 +28,7 @@ class CompactorActor:
 
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
         os.nice(_NICENESS)  # frames go first
-        self._loop = CompactorLoop(places.results_uri, places.connect(), settings)
+        self._loop = CompactorLoop(places.results_uri, places.connect, settings)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="compactor", daemon=True)
         self._thread.start()

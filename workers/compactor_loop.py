@@ -4,8 +4,8 @@ import logging
 import os
 import socket
 import threading
+import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from typing import Any
 
@@ -13,7 +13,7 @@ import redis
 
 from workers.compactor import Compactor, Folded
 from workers.errors import CompactorBusy, StreamUnavailable, WorkerError
-from workers.lease import Held, file_lease, is_local, redis_lease
+from workers.lease import lease
 from workers.reports import write_compactor
 from workers.segments import Segments
 from workers.settings import ResultsSettings
@@ -21,6 +21,7 @@ from workers.table import ResultTable
 from workers.upkeep import Upkeep
 
 _REPORT_EVERY_S = 1.0
+_LAST_ROUND_S = 20.0  # what is left by then is folded after the next start
 
 logger = logging.getLogger(__name__)
 
@@ -30,12 +31,12 @@ class CompactorLoop:
 
     Args:
         uri: the results' folder or URI.
-        server: takes the reports, and the lease of results in an object store.
+        connect: reaches the server that takes the reports, and keeps the lease of results in an object store.
         settings: pauses and retention.
     """
 
-    def __init__(self, uri: str, server: redis.Redis, settings: ResultsSettings) -> None:
-        self._uri, self._server, self._settings = uri, server, settings
+    def __init__(self, uri: str, connect: Callable[[], redis.Redis], settings: ResultsSettings) -> None:
+        self._uri, self._connect, self._settings = uri, connect, settings
         self._segments, self._table = Segments(uri), ResultTable(uri)
         self._compactor = Compactor(self._segments, self._table)
         self._upkeep = Upkeep(self._table, settings)
@@ -54,7 +55,8 @@ class CompactorLoop:
         reporter.start()
         while not stop.wait(self._settings.compact_every_s):
             self._try_round(lambda: not stop.is_set())
-        self._try_round(lambda: True)
+        give_up_at = time.monotonic() + _LAST_ROUND_S
+        self._try_round(lambda: time.monotonic() < give_up_at)
         reporter.join()
 
     def _try_round(self, go_on: Callable[[], bool]) -> None:
@@ -80,7 +82,7 @@ class CompactorLoop:
             ResultsUnavailable: the place cannot be read or written.
             StreamUnavailable: Redis does not answer and holds the lease.
         """
-        with self._lease() as held:
+        with lease(self._uri, self._connect) as held:
 
             def fold_on(folded: Folded) -> bool:
                 self._progress = Folded(folded.segments, folded.rows, folded.repeats, folded.damaged, folded.waiting)
@@ -91,9 +93,6 @@ class CompactorLoop:
             self._upkeep.run(lambda: go_on() and held())
             self._measure()
         return folded
-
-    def _lease(self) -> AbstractContextManager[Held]:
-        return file_lease(self._uri) if is_local(self._uri) else redis_lease(self._server)
 
     # --- reports
 
@@ -109,9 +108,10 @@ class CompactorLoop:
 
     def _report(self, stop: threading.Event) -> None:
         """Tell Redis once a second how the compactor is; the record expires with it."""
+        server = self._connect()
         while True:
             try:
-                write_compactor(self._server, self.state())
+                write_compactor(server, self.state())
             except StreamUnavailable as error:
                 logger.warning("cannot report: %s", error)
             if stop.wait(_REPORT_EVERY_S):

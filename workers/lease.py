@@ -8,6 +8,7 @@ import fcntl
 import threading
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pyarrow.fs as pafs
@@ -27,9 +28,15 @@ _RELEASE = _IF_OURS + "return redis.call('del', KEYS[1])"
 Held = Callable[[], bool]
 
 
-def is_local(uri: str) -> bool:
-    """Whether results at `uri` are guarded by a lock beside them, without Redis."""
-    return isinstance(filesystem(uri)[0], pafs.LocalFileSystem)
+def lease(uri: str, connect: Callable[[], redis.Redis]) -> AbstractContextManager[Held]:
+    """The lease of the results at `uri`, see below.
+
+    Args:
+        uri: the results' folder or URI.
+        connect: reaches the server; called for an object store only.
+    """
+    local = isinstance(filesystem(uri)[0], pafs.LocalFileSystem)
+    return file_lease(uri) if local else redis_lease(connect())
 
 
 @contextlib.contextmanager

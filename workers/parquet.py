@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -67,4 +66,3 @@ def holds_any(fs: pafs.FileSystem, path: str, columns: Sequence[str]) -> bool:
 
 def _plain(value: Any) -> Any:
     return value.strftime("%Y-%m-%dT%H:%M:%S.%fZ") if hasattr(value, "strftime") else value
-

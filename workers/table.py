@@ -9,7 +9,7 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import date, datetime
+from datetime import date
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -19,7 +19,7 @@ import pyarrow.dataset as pads
 import pyarrow.fs as pafs
 from deltalake import CommitProperties, DeltaTable, PostCommitHookProperties, Transaction
 from deltalake.exceptions import CommitFailedError, DeltaError
-from deltalake.transaction import AddAction
+from deltalake.transaction import AddAction, RemoveAction
 
 from workers import durable
 from workers.errors import Overtaken, ResultsUnavailable
@@ -168,7 +168,7 @@ class ResultTable:
             Overtaken: another writer has committed rows since; nothing of these was committed.
             ResultsUnavailable: nothing of these was committed, as far as can be known.
         """
-        added = self._write_files(rows)
+        added: list[AddAction | RemoveAction] = [*self._write_files(rows)]
         transaction = Transaction(_APPLICATION, (delta.transaction_version(_APPLICATION) or 0) + 1)
         try:
             delta.create_write_transaction(
