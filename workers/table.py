@@ -5,12 +5,14 @@ another writer has committed rows since the table was read. Whoever looks for re
 appends every frame once, also beside a second writer.
 """
 
+import re
 import time
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import pyarrow as pa
@@ -83,11 +85,17 @@ class ResultTable:
     def open(self) -> DeltaTable | None:
         """The table as it is now; None before its first commit."""
         try:
-            log = self.fs.get_file_info(f"{self.root}/_delta_log")
-            if log.type == pafs.FileType.NotFound or not DeltaTable.is_deltatable(self._delta_uri):
-                return None
             return DeltaTable(self._delta_uri)
         except TABLE_ERRORS as error:
+            if self._has_commits():
+                raise self.unavailable("read", error) from None
+            return None
+
+    def _has_commits(self) -> bool:
+        log = pafs.FileSelector(f"{self.root}/_delta_log", allow_not_found=True)
+        try:
+            return any(info.extension in ("json", "parquet") for info in self.fs.get_file_info(log))
+        except OSError as error:
             raise self.unavailable("read", error) from None
 
     def read(self, columns: Sequence[str], chosen: pads.Expression) -> pa.Table:
@@ -103,17 +111,21 @@ class ResultTable:
     def absent(self, delta: DeltaTable, rows: pa.Table) -> pa.Table:
         """Those of `rows` whose frames the table does not hold.
 
-        Only the column `frame_id` of the partitions of these rows is read, a piece at a time: a frame's capture
-        time, and with it its partition, is the same however often it is judged.
+        Only the ids and numbers of the partitions of these rows are read, a piece at a time: a frame's capture
+        time, and with it its partition, is the same however often it is judged. Its number is part of its id, so
+        files of other numbers are not opened.
         """
-        keys = with_day(rows).group_by(PARTITIONS).aggregate([]).to_pylist()
+        numbers = pc.min_max(rows["seq"]).as_py()
+        alike = (
+            (pads.field("seq") >= numbers["min"])
+            & (pads.field("seq") <= numbers["max"])
+            & pads.field("frame_id").isin(rows["frame_id"].combine_chunks())
+        )
         here = pads.scalar(False)
-        for key in keys:
-            here |= (pads.field("product") == key["product"]) & (pads.field("day") == pa.scalar(key["day"]))
+        for key in _partitions_of(with_day(rows)):
+            here |= _is_in(key)
         try:
-            known = self._dataset(delta).to_table(
-                columns=["frame_id"], filter=here & pads.field("frame_id").isin(rows["frame_id"].combine_chunks())
-            )
+            known = self._dataset(delta).to_table(columns=["frame_id"], filter=here & alike)
         except TABLE_ERRORS as error:
             raise self.unavailable("read", error) from None
         if not known.num_rows:
@@ -169,8 +181,8 @@ class ResultTable:
             ResultsUnavailable: nothing of these was committed, as far as can be known.
         """
         added: list[AddAction | RemoveAction] = [*self._write_files(rows)]
-        transaction = Transaction(_APPLICATION, (delta.transaction_version(_APPLICATION) or 0) + 1)
         try:
+            transaction = Transaction(_APPLICATION, (delta.transaction_version(_APPLICATION) or 0) + 1)
             delta.create_write_transaction(
                 added,
                 "append",
@@ -215,9 +227,8 @@ class ResultTable:
         written: list[AddAction] = []
         days = with_day(rows)
         try:
-            for key in days.group_by(PARTITIONS).aggregate([]).to_pylist():
-                here = (pads.field("product") == key["product"]) & (pads.field("day") == pa.scalar(key["day"]))
-                part = days.filter(here).drop_columns(PARTITIONS).sort_by("captured_at")
+            for key in _partitions_of(days):
+                part = days.filter(_is_in(key)).drop_columns(PARTITIONS).sort_by("captured_at")
                 folder = f"product={key['product']}/day={key['day'].isoformat()}"
                 path = f"{folder}/part-{uuid.uuid4().hex}.zstd.parquet"
                 self.fs.create_dir(f"{self.root}/{folder}", recursive=True)
@@ -238,12 +249,14 @@ class ResultTable:
         """Delete files that were not committed, but only where the table can be read and does not name them."""
         try:
             delta = self.open()
-            named = {file.path for file in self.files(delta)} if delta else set()
+            if delta is None:
+                return
+            named = {file.path for file in self.files(delta)}
             for path in paths:
                 if path not in named:
                     self.fs.delete_file(f"{self.root}/{path}")
         except (ResultsUnavailable, OSError):
-            return  # the upkeep deletes them when they are old
+            return  # then the upkeep deletes them when they are old
 
     def sync_log(self, after: int) -> None:
         """Bring the commits after version `after` onto the disk; an object store does that by itself."""
@@ -258,13 +271,22 @@ class ResultTable:
             raise self.unavailable("write", error) from None
 
     def unavailable(self, what: str, error: Exception) -> ResultsUnavailable:
-        """The error for whoever asked, in one line."""
-        return ResultsUnavailable(f"cannot {what} the table {self.root}: {' '.join(str(error).split())}")
+        """The error for whoever asked, in one line without colours."""
+        line = " ".join(re.sub(r"\x1b\[\d*m", "", str(error)).split())
+        return ResultsUnavailable(f"cannot {what} the table {self.root}: {line}")
 
 
 def with_day(rows: pa.Table) -> pa.Table:
     """Rows with their partition's day, the date of `captured_at` in UTC."""
     return rows.append_column(DAY, pc.cast(rows["captured_at"], DAY.type))
+
+
+def _partitions_of(days: pa.Table) -> list[dict[str, Any]]:
+    return days.group_by(PARTITIONS).aggregate([]).to_pylist()
+
+
+def _is_in(partition: dict[str, Any]) -> pads.Expression:
+    return (pads.field("product") == partition["product"]) & (pads.field("day") == pa.scalar(partition["day"]))
 
 
 def first_of_each(rows: pa.Table) -> pa.Table:
