@@ -1,6 +1,5 @@
 """`proctor compact`: one round of the compactor by hand, with or without a running application."""
 
-import logging
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -45,7 +44,6 @@ def compact_once(config: ProctorConfig) -> Round:
         WorkerError: another compactor works at this moment, or the place cannot be read or written.
         ProctorError: results in an object store, and no server that holds the lease.
     """
-    logging.getLogger("workers").setLevel(logging.CRITICAL)  # the line says it
     loop = CompactorLoop(config.results.uri, lambda: connect(redis_url_of(config)), config.results)
     folded = loop.round()
     state = loop.state()

@@ -14,6 +14,7 @@ from workers.reading import read_results
 from workers.results import Row, SegmentWriter
 from workers.segments import Segments
 from workers.table import ResultTable
+from workers.table_writer import TableWriter
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -50,6 +51,7 @@ class Shelf:
         uri: where.
         writer: of segments, replica "r".
         table: the table.
+        commits: its writer.
         segments: the segments.
     """
 
@@ -57,6 +59,7 @@ class Shelf:
         self.uri = uri
         self.writer = SegmentWriter(uri, "r")
         self.table = ResultTable(uri)
+        self.commits = TableWriter(self.table)
         self.segments = Segments(uri)
 
     def write(self, *numbers: int, product: str = "bolt", **changes) -> str:

@@ -194,8 +194,9 @@ def fill(shelf: Shelf) -> dict[str, float]:
         ("compared", 1),
         ("fsync", 1),  # the first Parquet file has its content, but is named by nothing
         ("fsync", 5),  # one partition's file is there, the other's is not
-        ("fsync", 9),  # the commit is written, but may not survive a power cut yet
-        ("fsync", 10),
+        ("fsync", 10),  # both files are there, but nothing names them
+        ("fsync", 11),  # the commit is written, but may not survive a power cut yet
+        ("fsync", 13),
         ("committed", 1),
         ("deleted", 1),
         ("deleted", 3),
@@ -239,6 +240,21 @@ def test_segments_are_deleted_only_when_the_commit_is_on_the_disk(shelf, monkeyp
     assert names[-2:] == ["_delta_log/00000000000000000001.json", "_delta_log"]
 
 
+def test_repeats_of_a_killed_compactor_are_deleted_only_when_its_commit_is_on_the_disk(shelf, monkeypatch):
+    shelf.write(1)
+    with start_doomed(shelf.uri, "committed", 1) as doomed:
+        assert doomed.wait(60) == -signal.SIGKILL
+    synced = []
+    name_of = "/proc/self/fd/{}".format
+    monkeypatch.setattr(os, "fsync", lambda opened: synced.append((os.readlink(name_of(opened)), shelf.waiting())))
+    assert shelf.fold().repeats == 1
+    assert [(Path(name).name, waiting) for name, waiting in synced] == [
+        ("00000000000000000001.json", 1),
+        ("_delta_log", 1),
+    ]
+    assert shelf.waiting() == 0
+
+
 # --- two at once
 
 
@@ -247,10 +263,10 @@ def test_a_commit_beside_another_writer_fails_instead_of_doubling(shelf):
     shelf.fold()
     rows = pa.Table.from_pylist([asdict(new_row(1))], SCHEMA)
     mine, theirs = shelf.table.open(), shelf.table.open()
-    shelf.table.append(theirs, rows)
+    shelf.commits.append(theirs, rows)
     files = shelf.parquet_files()
     with pytest.raises(Overtaken):
-        shelf.table.append(mine, rows)
+        shelf.commits.append(mine, rows)
     assert shelf.table_rows() == ["bolt/cam-1/0", "bolt/cam-1/1"]
     assert shelf.parquet_files() == files  # nothing is left of the attempt
 

@@ -1,25 +1,33 @@
 """The table's upkeep: retention, few files, a bounded log; and the compactor's rounds, lease and reports."""
 
+import io
 import json
 import os
 import threading
 import time
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 from compacting import Shelf, file_limit
+from rich.console import Console
 from test_results import START, new_row
 
+from cluster.compacting import compact_once
+from cluster.config import load_config
+from cluster.status import Status, render
+from workers import compactor as compactor_module
 from workers import compactor_loop as loop_module
 from workers import upkeep as upkeep_module
 from workers.compactor_loop import CompactorLoop
 from workers.errors import CompactorBusy, ResultsUnavailable, StreamUnavailable
-from workers.lease import LEASE, file_lease, redis_lease
+from workers.lease import LEASE, file_lease, lease, redis_lease
 from workers.reading import read_results
-from workers.reports import read_compactor
+from workers.reports import read_compactor, write_compactor
 from workers.segments import LEFTOVER_AGE
 from workers.settings import ResultsSettings
+from workers.table import _store_options, _without_query
 from workers.upkeep import Upkeep
 
 DAY = timedelta(days=1)
@@ -210,7 +218,7 @@ def test_a_log_that_cannot_be_written_loses_nothing(shelf):
     log.rename(aside)
     log.write_bytes(b"a file where the log's folder was")
     with pytest.raises(ResultsUnavailable, match="cannot write the table") as caught:
-        shelf.table.append(delta, rows)
+        shelf.commits.append(delta, rows)
     assert "\n" not in str(caught.value)
     log.unlink()
     aside.rename(log)
@@ -353,3 +361,82 @@ def test_a_round_beside_another_compactor_waits_for_its_turn(shelf, places):
             loop.round()
         assert shelf.waiting() == 1
     assert loop.round().rows == 1
+
+
+def test_results_in_an_object_store_are_leased_in_redis(places, server):
+    with lease("mock:///results", places.connect) as held:
+        assert held()
+        assert server.exists(LEASE)
+        with pytest.raises(CompactorBusy), lease("mock:///results", places.connect):
+            pass
+    assert not server.exists(LEASE)
+
+
+def test_a_lease_lost_in_the_middle_ends_the_round_before_the_next_batch(shelf, places, monkeypatch):
+    monkeypatch.setattr(compactor_module, "BATCH_SEGMENTS", 1)
+    for seq in range(3):
+        shelf.write(seq)
+    answers = iter([True, True, False])
+
+    @contextmanager
+    def lost_after_two(uri, connect):
+        yield lambda: next(answers, False)
+
+    monkeypatch.setattr(loop_module, "lease", lost_after_two)
+    folded = CompactorLoop(shelf.uri, places.connect, ResultsSettings()).round()
+    assert (folded.segments, shelf.waiting()) == (2, 1)
+
+
+def test_a_round_by_hand_needs_no_application(shelf, tmp_path):
+    shelf.write(1, 2)
+    config = load_config(home=tmp_path)
+    assert config.results.uri == shelf.uri
+    done = compact_once(config)
+    assert done.line() == "1 segments folded, 2 new rows, 2 in the table"
+    Path(shelf.write(3)).write_bytes(b"nothing")
+    assert compact_once(config).line() == (
+        "0 segments folded, 0 new rows, 2 in the table; 1 damaged segments lie aside"
+    )
+
+
+def test_a_folder_that_deltalake_would_misread_is_refused(tmp_path):
+    shelf = Shelf(str(tmp_path / "per%41cent"))
+    shelf.write(1)
+    with pytest.raises(ResultsUnavailable, match="a folder has a % in its name"):
+        shelf.fold()
+    assert shelf.read().keys() == {"bolt/cam-1/1"}
+    assert os.listdir(tmp_path) == ["per%41cent"]
+
+
+def test_the_query_of_an_s3_uri_reaches_deltalake_too():
+    uri = "s3://plant/results?endpoint_override=store:9000&scheme=http&region=eu-central-1"
+    assert _without_query(uri) == "s3://plant/results"
+    assert _store_options(uri) == {
+        "AWS_REGION": "eu-central-1",
+        "AWS_ENDPOINT_URL": "http://store:9000",
+        "AWS_ALLOW_HTTP": "true",
+    }
+    assert _store_options("/var/lib/results") == {}
+
+
+REPORT = {"rows": 1024, "waiting": 2, "damaged": 0, "trouble": None}
+
+
+@pytest.mark.parametrize(
+    ("report", "line"),
+    [
+        (None, "no compactor reports: results stay in segments until one runs"),
+        (REPORT | {"rows": None}, "results: the compactor has not done a round yet"),
+        (REPORT, "results: 1,024 in the table, 2 segments waiting"),
+        (REPORT | {"damaged": 1}, "results: 1,024 in the table, 2 segments waiting, 1 damaged segments set aside"),
+        (REPORT | {"trouble": "cannot write"}, "results: cannot write"),
+    ],
+)
+def test_the_status_says_how_the_table_is_in_a_line(server, report, line):
+    if report:
+        write_compactor(server, report)
+    status = Status.read(server)
+    assert status.as_dict()["compactor"] == report
+    console = Console(width=120, file=io.StringIO())
+    console.print(render(status))
+    assert line in console.file.getvalue()

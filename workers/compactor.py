@@ -15,6 +15,7 @@ import pyarrow.fs as pafs
 from workers.errors import DamagedSegment, Overtaken
 from workers.segments import Segments
 from workers.table import ResultTable, first_of_each
+from workers.table_writer import TableWriter
 
 BATCH_SEGMENTS = 2_000
 BATCH_BYTES = 32 * 2**20  # a segment is in memory what it is on disk; a batch needs a few times that
@@ -55,6 +56,7 @@ class Compactor:
         self, segments: Segments, table: ResultTable, reached: Callable[[str], None] = lambda step: None
     ) -> None:
         self._segments, self._table, self._reached = segments, table, reached
+        self._writer = TableWriter(table)
 
     def fold_all(self, go_on: Callable[[Folded], bool] = lambda folded: True) -> Folded:
         """Fold the segments that are closed now, oldest first, in batches of bounded size.
@@ -107,11 +109,13 @@ class Compactor:
         """Commit the rows whose frames the table lacks; returns how many."""
         for attempt in range(_ATTEMPTS):
             try:
-                delta = self._table.open_or_create()
+                delta = self._writer.open_or_create()
                 new = self._table.absent(delta, rows)
                 self._reached("compared")
                 if new.num_rows:
-                    self._table.append(delta, new)
+                    self._writer.append(delta, new)
+                else:
+                    self._writer.confirm(delta.version())
                 return new.num_rows
             except Overtaken:
                 if attempt == _ATTEMPTS - 1:

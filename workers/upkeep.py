@@ -1,6 +1,6 @@
 """The table's upkeep: few large files, rows and evidence no longer than asked for, a log of bounded length.
 
-Files that the table no longer names stay for a day, for readers that opened it before (`table.FOR_READERS`).
+Files that the table no longer names stay for a day, for readers that opened it before (`table_writer.FOR_READERS`).
 """
 
 import json
@@ -17,7 +17,8 @@ from workers import durable
 from workers.parquet import GROUP_ROWS, holds_any
 from workers.results import HEAVY
 from workers.settings import ResultsSettings
-from workers.table import NO_HOOKS, TABLE_ERRORS, ResultTable, TableFile
+from workers.table import TABLE_ERRORS, ResultTable, TableFile
+from workers.table_writer import NO_HOOKS, TableWriter
 
 LARGE_BYTES = 128 * 2**20
 OPEN_FILES = 64  # so many small files may a day have that is not over
@@ -47,6 +48,7 @@ class Upkeep:
 
     def __init__(self, table: ResultTable, settings: ResultsSettings, now: Callable[[], datetime] = _now) -> None:
         self._table, self._settings, self._now = table, settings, now
+        self._writer = TableWriter(table)
         self._bare: set[str] = set()  # files that were found to hold no evidence
         self._closed_next = self._vacuum_next = _START
 
@@ -72,7 +74,7 @@ class Upkeep:
         for step in steps:
             if not go_on():
                 return
-            self._table.change(step)
+            self._writer.change(step)
         self._checkpoint()
 
     def _before(self, days: int) -> date:
@@ -158,7 +160,7 @@ class Upkeep:
 
     def _checkpoint(self) -> None:
         """Sum up the log now and then, and delete what is older than a day and summed up."""
-        delta = self._table.open_or_create()
+        delta = self._writer.open_or_create()
         log = f"{self._table.root}/_delta_log"
         try:
             if delta.version() - self._last_checkpoint(log) < CHECKPOINT_COMMITS:
