@@ -22,7 +22,7 @@ from benchmarks.machine import describe_machine
 from benchmarks.watching import Sample, Watch, plot
 from producers import keys
 from workers.ledger import read_ledger
-from workers.results import read_results
+from workers.reading import read_results
 
 POLICIES = ("block", "drop_newest", "drop_oldest")
 _BOUND = {"max_in_flight": 400, "max_in_flight_mb": 1.0, "retry_s": 60.0}

@@ -29,7 +29,7 @@ from benchmarks.machine import describe_machine
 from benchmarks.watching import Watch
 from producers import keys
 from workers.ledger import read_ledger
-from workers.results import read_results
+from workers.reading import read_results
 
 Fields = dict[bytes, bytes]
 

@@ -34,9 +34,10 @@ from producers.settings import PublisherSettings
 from workers.engine import Engine, Request
 from workers.loop import InspectionLoop
 from workers.pointers import Pointers
+from workers.reading import read_results
 from workers.redis_stream import RedisStream
 from workers.residency import Residency
-from workers.results import SegmentWriter, read_results
+from workers.results import SegmentWriter
 from workers.settings import WorkerSettings
 
 _PRODUCT, _SIZE, _PICTURES = "bench", 256, 16

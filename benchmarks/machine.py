@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-_PACKAGES = ("torch", "timm", "redis", "pyarrow", "opencv-python-headless", "numpy")
+_PACKAGES = ("torch", "timm", "redis", "pyarrow", "deltalake", "opencv-python-headless", "numpy")
 
 
 def describe_machine() -> dict[str, Any]:

@@ -20,7 +20,7 @@ from benchmarks.machine import describe_machine
 from benchmarks.watching import Sample, Watch, plot, slope_per_hour
 from producers import keys
 from workers.ledger import read_ledger
-from workers.results import read_results
+from workers.reading import read_results
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""The Serve application: inspecting replicas and the HTTP interface in front of them; the trainer actor beside."""
+"""The Serve application: inspecting replicas and the HTTP interface in front; trainer and compactor beside."""
 
 import math
 from typing import Any
@@ -8,6 +8,8 @@ from ray import serve
 
 from cluster.config import ProctorConfig
 from cluster.ingress import build_ingress
+from workers.compactor_actor import NAME as COMPACTOR
+from workers.compactor_actor import CompactorActor
 from workers.places import Places
 from workers.settings import WorkerSettings
 from workers.trainer_actor import NAME as TRAINER
@@ -94,4 +96,26 @@ def start_trainer(config: ProctorConfig, places: Places, *, detached: bool) -> A
             get_if_exists=True,
         )
         .remote(places, config.training, products)
+    )
+
+
+def start_compactor(config: ProctorConfig, places: Places, *, detached: bool) -> Any:
+    """Start the named compactor actor; its `pid` answers once it works, its `drain` does a last round.
+
+    Args:
+        config: settings of the results.
+        places: server and stores.
+        detached: outlive this driver.
+    """
+    return (
+        ray.remote(CompactorActor)
+        .options(
+            name=COMPACTOR,
+            namespace=NAMESPACE,
+            lifetime="detached" if detached else None,
+            num_cpus=0,
+            max_restarts=-1,
+            get_if_exists=True,
+        )
+        .remote(places, config.results)
     )

@@ -99,7 +99,7 @@ def up(
     address: Annotated[str | None, typer.Option(help="An existing Ray cluster; else a local one is started.")] = None,
     foreground: Annotated[bool, typer.Option(help="Stay in the foreground until Ctrl-C.")] = False,
 ) -> None:
-    """Start the application: embedded Valkey, Ray, replicas, trainer and HTTP interface."""
+    """Start the application: embedded Valkey, Ray, replicas, trainer, compactor and HTTP interface."""
     from cluster.launch import start_supervisor
     from cluster.supervisor import deploy_on_cluster, running_application
 
@@ -389,6 +389,18 @@ def results(
         out.print(result_table(table, limit or 30))
     else:
         write_results(table if limit is None else table.slice(max(0, table.num_rows - limit)), form.value, to)
+
+
+@app.command()
+def compact(as_json: Json = False) -> None:
+    """One round of the compactor by hand; the application does one every `[results] compact_every_s`."""
+    from cluster.compacting import compact_once
+
+    done = compact_once(_common.load())
+    if as_json:
+        _print_json(done.as_dict())
+    else:
+        out.print(done.line())
 
 
 # --- measuring

@@ -25,7 +25,7 @@ from pydantic_settings import (
 from cluster.errors import ConfigError
 from models.settings import TrainingSettings
 from producers.settings import Policy, PublisherSettings
-from workers.settings import WorkerSettings
+from workers.settings import ResultsSettings, WorkerSettings
 
 FILE_NAME = "proctor.toml"
 FILE_VARIABLE = "PROCTOR_CONFIG"
@@ -130,7 +130,7 @@ class ProctorConfig(BaseSettings):
     home: Path = Path(".proctor")
     redis: RedisSettings = RedisSettings()
     registry: StoreSettings = StoreSettings()
-    results: StoreSettings = StoreSettings()
+    results: ResultsSettings = ResultsSettings()
     datasets: StoreSettings = StoreSettings()
     http: HttpSettings = HttpSettings()
     serve: ServeSettings = ServeSettings()
@@ -199,7 +199,7 @@ def load_config(path: Path | None = None, home: Path | None = None) -> ProctorCo
     base = file.parent.absolute() if file else Path.cwd()
     home = home.absolute() if home else base / config.home.expanduser()
     stores = {
-        name: StoreSettings(uri=_absolute(getattr(config, name).uri, base, home / name))
+        name: getattr(config, name).model_copy(update={"uri": _absolute(getattr(config, name).uri, base, home / name)})
         for name in ("registry", "results", "datasets")
     }
     teachers = {name: _absolute(file, base, base) for name, file in config.teachers.items()}

@@ -38,7 +38,7 @@ from producers.sources import FolderSource
 from workers.approvals import Approvals
 from workers.jobs import FINISHED, Job, Jobs
 from workers.ledger import ProductLedger, read_ledger
-from workers.results import read_results
+from workers.reading import read_results
 
 PRODUCT = "solar-cell"
 HOME = Path(".proctor/demo")

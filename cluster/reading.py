@@ -14,7 +14,8 @@ from rich.text import Text
 
 from cluster.config import ProctorConfig
 from cluster.errors import ProctorError
-from workers.results import HEAVY, SCHEMA, read_results
+from workers.reading import read_results
+from workers.results import HEAVY, SCHEMA
 
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
 VERDICTS = ("pass", "fail", "unknown")

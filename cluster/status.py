@@ -12,7 +12,7 @@ from rich.text import Text
 
 from workers.jobs import FINISHED, Job, Jobs
 from workers.ledger import CameraLedger, ProductLedger, read_ledger
-from workers.reports import read_replicas
+from workers.reports import read_compactor, read_replicas
 
 _REFRESH_S = 0.5
 
@@ -24,6 +24,7 @@ class Status:
     products: list[ProductLedger]
     replicas: list[dict[str, Any]]
     jobs: list[Job]
+    compactor: dict[str, Any] | None = None
 
     @classmethod
     def read(cls, server: redis.Redis) -> "Status":
@@ -33,7 +34,7 @@ class Status:
             StreamUnavailable: Redis does not answer.
         """
         jobs = [job for job in Jobs(server).all() if job.state not in FINISHED]
-        return cls(read_ledger(server), read_replicas(server), jobs)
+        return cls(read_ledger(server), read_replicas(server), jobs, compactor=read_compactor(server))
 
     @property
     def balanced(self) -> bool:
@@ -46,6 +47,7 @@ class Status:
             "balanced": self.balanced,
             "products": [product.as_dict() for product in self.products],
             "replicas": self.replicas,
+            "compactor": self.compactor,
             "jobs": [job.model_dump(mode="json") for job in self.jobs],
         }
 
@@ -57,6 +59,7 @@ def render(status: Status) -> RenderableType:
         parts.append(Text("no frames yet: `proctor push SOURCE --product P --camera C` sends some", style="dim"))
     parts.append(_replica_table(status))
     parts += _remarks(status)
+    parts.append(_compactor_line(status.compactor))
     for job in status.jobs:
         done = f"{job.step}/{job.steps}" if job.steps else job.state
         parts.append(Text(f"training {job.product}: {done}", style="cyan"))
@@ -122,6 +125,19 @@ def _replica_table(status: Status) -> RenderableType:
         device = f"{replica['device']} {replica['dtype']}"
         table.add_row(replica["replica"], device, f"{replica['judged']:,}", versions or "-", state)
     return table
+
+
+def _compactor_line(compactor: dict[str, Any] | None) -> Text:
+    if compactor is None:
+        return Text("no compactor reports: results stay in segments until one runs", style="yellow")
+    if compactor["trouble"]:
+        return Text(f"results: {compactor['trouble']}", style="red")
+    if compactor["rows"] is None:
+        return Text("results: the compactor has not done a round yet", style="dim")
+    line = f"results: {compactor['rows']:,} in the table, {compactor['waiting']:,} segments waiting"
+    if compactor["damaged"]:
+        return Text(f"{line}, {compactor['damaged']:,} damaged segments set aside", style="red")
+    return Text(line)
 
 
 def show_live(server: redis.Redis, console: Console, wait: Any) -> None:

@@ -16,6 +16,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -119,7 +120,7 @@ def remove_from_cluster(config: ProctorConfig, address: str, say: Say) -> None:
         import ray
         from ray import serve
 
-        from cluster.application import APPLICATION, NAMESPACE, TRAINER
+        from cluster.application import APPLICATION, COMPACTOR, NAMESPACE, TRAINER
 
         say("draining")
         serve.delete(APPLICATION)
@@ -127,6 +128,8 @@ def remove_from_cluster(config: ProctorConfig, address: str, say: Say) -> None:
             serve.shutdown()
         with contextlib.suppress(ValueError):  # no trainer of that name: gone already
             ray.kill(ray.get_actor(TRAINER, NAMESPACE))
+        with contextlib.suppress(ValueError):
+            _end_compactor(ray.get_actor(COMPACTOR, NAMESPACE))
     RunState.remove(config.home)
 
 
@@ -226,7 +229,7 @@ def _deploy(config: ProctorConfig, redis_url: str, stack: contextlib.ExitStack, 
     from ray import serve
     from ray.serve.config import HTTPOptions
 
-    from cluster.application import APPLICATION, build_application, places_of, start_trainer
+    from cluster.application import APPLICATION, build_application, places_of, start_compactor, start_trainer
 
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     places = places_of(config, redis_url)
@@ -234,13 +237,27 @@ def _deploy(config: ProctorConfig, redis_url: str, stack: contextlib.ExitStack, 
     say("starting replicas and trainer")
     trainer = start_trainer(config, places, detached=detached)
     stack.callback(ray.kill, trainer)
+    compactor = start_compactor(config, places, detached=detached)
+    stack.callback(_end_compactor, compactor)  # after the replicas, for what they write at last
     serve.start(http_options=HTTPOptions(host=config.http.host, port=config.http.port))
     stack.callback(serve.shutdown)
     try:
         serve.run(build_application(config, places), name=APPLICATION, route_prefix="/")
-        ray.get(trainer.pid.remote())
+        ray.get([trainer.pid.remote(), compactor.pid.remote()])
     except RuntimeError as error:
         raise ProctorError(f"the application did not start: {_cause(error)}") from None
+
+
+def _end_compactor(compactor: Any) -> None:
+    """Let it do a last round; what it does not finish stays in segments, which lose nothing."""
+    import ray
+    from ray.exceptions import RayError
+
+    from workers.compactor_actor import DRAIN_S
+
+    with contextlib.suppress(RayError):
+        ray.get(compactor.drain.remote(), timeout=DRAIN_S + 5)
+    ray.kill(compactor)
 
 
 def _check_resources(config: ProctorConfig, found: dict[str, float]) -> None:

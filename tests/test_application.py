@@ -39,6 +39,8 @@ port = 0
 input_size = 64
 steps = 40
 false_reject_rate = 0.05
+[results]
+compact_every_s = 1
 [worker]
 claim_idle_ms = 1500
 [worker.evidence]
@@ -286,6 +288,40 @@ def test_killed_replica_loses_and_doubles_nothing(application):
     assert not psutil.pid_exists(killed)
 
 
+def compactor(application) -> dict | None:
+    return application.json("status", "--json")["compactor"]
+
+
+def test_a_killed_compactor_comes_back_and_rows_go_into_the_table(application):
+    generator = np.random.default_rng(11)
+    application.settled("fabric")
+    first = compactor(application)
+    os.kill(first["pid"], signal.SIGKILL)
+    publisher = Publisher(application.server, PublisherSettings())
+    sequence = Sequence()
+    for _ in range(5):
+        publisher.publish(Frame("fabric", "folded", sequence.next(), time.time_ns(), Picture.encode(weave(generator))))
+    application.settled("fabric")
+    rows = application.json("results", "--format", "json")
+    give_up_at = time.monotonic() + 60
+    while not ((now := compactor(application)) and now["pid"] != first["pid"] and now["rows"] == len(rows)):
+        assert time.monotonic() < give_up_at, now
+        time.sleep(0.2)
+    assert now["trouble"] is None
+    assert now["damaged"] == 0
+    assert application.json("results", "--format", "json") == rows
+    assert f"results: {len(rows)} in the table, 0 segments waiting" in application.run("status", "--once").stdout
+
+
+def test_a_round_by_hand_says_what_the_table_holds(application):
+    rows = len(application.json("results", "--format", "json"))
+    give_up_at = time.monotonic() + 30
+    while (done := application.run("compact", "--json")).returncode:  # it may meet the application's own round
+        assert "another compactor works on" in done.stderr
+        assert time.monotonic() < give_up_at
+    assert json.loads(done.stdout)["table_rows"] == rows
+
+
 def test_killed_valkey_is_started_anew(application):
     generator = np.random.default_rng(9)
     pid = application.server.info("server")["process_id"]
@@ -362,6 +398,8 @@ def test_down_leaves_no_process_and_frames_survive_a_restart(tmp_path):
         assert sum(camera.judged for camera in account.cameras) == 5
     finally:
         second.stop()
+    assert list(Path(second.config.results.uri, "segments").glob("*.arrow")) == []  # the last round took them
+    assert len(second.json("results", "--product", "later", "--format", "json")) == 5
 
 
 def test_killed_supervisor_leaves_no_orphan(tmp_path):

@@ -20,8 +20,9 @@ from workers.engine import Engine, Request, Resident
 from workers.errors import StreamUnavailable
 from workers.evidence import dequantised, quantised
 from workers.loop import InspectionLoop
+from workers.reading import read_results
 from workers.residency import Residency
-from workers.results import Row, SegmentWriter, read_results
+from workers.results import Row, SegmentWriter
 from workers.settings import EvidenceSettings, WorkerSettings
 
 SETTINGS = WorkerSettings(

@@ -23,9 +23,10 @@ from workers.ledger import read_ledger
 from workers.loop import InspectionLoop
 from workers.places import Places
 from workers.pointers import Pointers
+from workers.reading import read_results
 from workers.redis_stream import RedisStream
 from workers.residency import Residency
-from workers.results import SegmentWriter, read_results
+from workers.results import SegmentWriter
 from workers.settings import WorkerSettings
 
 SETTINGS = WorkerSettings(

@@ -17,7 +17,8 @@ from conftest import new_frame, texture
 from producers.frame import Picture
 from workers.errors import ResultsUnavailable
 from workers.evidence import FAIL, PASS, UNKNOWN, dequantised, image_jpeg, is_kept, quantised
-from workers.results import HEAVY, MAP_SIZE, SCHEMA, Row, SegmentWriter, captured_at, filesystem, read_results
+from workers.reading import read_results
+from workers.results import HEAVY, MAP_SIZE, SCHEMA, Row, SegmentWriter, captured_at, filesystem
 from workers.settings import EvidenceSettings
 
 START = datetime(2026, 11, 23, 6, tzinfo=UTC)
@@ -125,11 +126,11 @@ def test_rows_come_in_the_order_of_their_capture(place, writer):
     assert read_results(place).column("seq").to_pylist() == [1, 2, 3, 4, 5]
 
 
-def test_a_frame_judged_twice_is_read_once_and_newest(place, writer):
+def test_a_frame_judged_twice_is_read_once_and_as_judged_first(place, writer):
     writer.write([new_row(1, score=0.1), new_row(2, score=0.2)])
     SegmentWriter(place, "a replica before r by name").write([new_row(1, score=0.9), new_row(3, score=0.3)])
     assert read_results(place, columns=["seq", "score"]).to_pylist() == [
-        {"seq": 1, "score": 0.9},
+        {"seq": 1, "score": 0.1},
         {"seq": 2, "score": 0.2},
         {"seq": 3, "score": 0.3},
     ]

@@ -8,7 +8,8 @@ from pydantic import BaseModel, ValidationError
 
 from producers.frame import check_product
 from workers.errors import JobError
-from workers.results import filesystem, read_results
+from workers.reading import read_results
+from workers.results import filesystem
 
 Label = Literal["normal", "defect"]
 
@@ -64,7 +65,7 @@ class Approvals:
             if found[frame_id]["image_jpeg"] is None:
                 raise JobError(
                     f"no image was kept of frame {frame_id}: passes are kept as [worker.evidence] says, "
-                    "fails always are"
+                    "fails always are, all of them as long as [results] evidence_days says"
                 )
         return [self._record(found[frame_id], label, by) for frame_id in dict.fromkeys(frame_ids)]
 

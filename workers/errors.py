@@ -13,6 +13,18 @@ class ResultsUnavailable(WorkerError):
     """Results cannot be written (disk full, store away); nothing is acknowledged meanwhile."""
 
 
+class DamagedSegment(WorkerError):
+    """A segment does not hold what a replica writes; it is set aside for a person to look at."""
+
+
+class Overtaken(WorkerError):
+    """Another writer has committed to the table since it was read; reading it again helps."""
+
+
+class CompactorBusy(WorkerError):
+    """Another compactor works on these results."""
+
+
 class NoModel(WorkerError):
     """A product has no version in service."""
 

@@ -16,7 +16,7 @@ class Places:
     Attributes:
         redis_url: the streams, with the password.
         registry_uri: versions.
-        results_uri: Arrow segments.
+        results_uri: Arrow segments and the table of results.
         datasets_uri: approved images.
         teacher_weights: local weights file by teacher name.
     """

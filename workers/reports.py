@@ -1,4 +1,4 @@
-"""What replicas report of themselves, once a second, to whoever looks."""
+"""What replicas and the compactor report of themselves, once a second, to whoever looks."""
 
 import json
 from typing import Any
@@ -9,6 +9,7 @@ from redis.exceptions import RedisError
 from workers.errors import StreamUnavailable
 
 _REPLICAS = "proctor:replicas"
+_COMPACTOR = "proctor:compactor"
 _KEPT_S = 10
 
 
@@ -50,3 +51,28 @@ def read_replicas(server: redis.Redis) -> list[dict[str, Any]]:
     except RedisError as error:
         raise StreamUnavailable(f"Redis did not answer: {error}") from error
     return [json.loads(record) for record in records.values() if record is not None]
+
+
+def write_compactor(server: redis.Redis, state: dict[str, Any]) -> None:
+    """Record the compactor's state; the record expires with it.
+
+    Raises:
+        StreamUnavailable: Redis does not answer.
+    """
+    try:
+        server.set(_COMPACTOR, json.dumps(state), ex=_KEPT_S)
+    except RedisError as error:
+        raise StreamUnavailable(f"Redis did not answer: {error}") from error
+
+
+def read_compactor(server: redis.Redis) -> dict[str, Any] | None:
+    """The compactor's state; None when none reported within the last seconds.
+
+    Raises:
+        StreamUnavailable: Redis does not answer.
+    """
+    try:
+        record: Any = server.get(_COMPACTOR)
+    except RedisError as error:
+        raise StreamUnavailable(f"Redis did not answer: {error}") from error
+    return None if record is None else json.loads(record)

@@ -1,21 +1,21 @@
-"""Results as Arrow: the schema, durable segments and reading them back, each frame once.
+"""Results as Arrow: the schema, and the durable segments that replicas write.
 
 A segment is an Arrow IPC file that appears whole or not at all (written beside, fsync, renamed). Delivery is at
-least once, so two segments may hold the same frame; readers keep the newest row of a `frame_id`.
+least once, so two segments may hold the same frame; the compactor and `workers.reading` keep the first row of a
+`frame_id`.
 """
 
 import itertools
-import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.fs as pafs
 
+from workers import durable
 from workers.errors import ResultsUnavailable
 
 MAP_SIZE = 64
@@ -108,102 +108,15 @@ class SegmentWriter:
         name = f"{time.time_ns():020d}-{self._replica}-{next(self._numbers):08d}.arrow"
         path = f"{self._folder}/{name}"
         try:
-            if isinstance(self._fs, pafs.LocalFileSystem):
-                _write_local(table, Path(path))
-            else:
-                with self._fs.open_output_stream(path) as sink:  # an object appears when its upload completes
-                    _write_table(table, sink)
+            durable.write(self._fs, path, lambda sink: _write_table(table, sink))
         except OSError as error:
             raise ResultsUnavailable(f"cannot write results to {self._folder}: {error}") from None
         return path
 
 
-def _write_local(table: pa.Table, path: Path) -> None:
-    beside = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(beside, "wb") as sink:
-            _write_table(table, sink)
-            sink.flush()
-            os.fsync(sink.fileno())
-        os.rename(beside, path)
-    except OSError:
-        beside.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
 def _write_table(table: pa.Table, sink: object) -> None:
     with pa.ipc.new_file(sink, SCHEMA) as writer:
         writer.write_table(table)
-
-
-def read_results(
-    uri: str,
-    *,
-    product: str | None = None,
-    since: datetime | None = None,
-    frame_ids: Iterable[str] | None = None,
-    columns: Sequence[str] | None = None,
-) -> pa.Table:
-    """Rows in order of capture, each frame once.
-
-    Args:
-        uri: the results' folder or URI.
-        product: only this product's rows.
-        since: only frames captured at or after this time.
-        frame_ids: only these frames.
-        columns: only these columns; leave out `map_u8` and `image_jpeg` when they are not needed.
-
-    Raises:
-        ResultsUnavailable: the place cannot be read, or a segment is corrupt.
-    """
-    wanted = list(columns or SCHEMA.names)
-    keep = list(dict.fromkeys([*wanted, "frame_id", "product", "captured_at"]))
-    ids = None if frame_ids is None else pa.array(list(frame_ids), pa.string())
-    parts = [_selected(segment, product, since, ids) for segment in _segments(*filesystem(uri), keep)]
-    schema = pa.schema([SCHEMA.field(name) for name in keep])
-    table = pa.concat_tables(parts) if parts else schema.empty_table()
-    order = pc.sort_indices(table, [("captured_at", "ascending"), ("frame_id", "ascending")])
-    return _newest(table.take(order)).select(wanted)
-
-
-def _selected(table: pa.Table, product: str | None, since: datetime | None, ids: pa.Array | None) -> pa.Table:
-    if product is not None:
-        table = table.filter(pc.equal(table["product"], product))
-    if since is not None:
-        table = table.filter(pc.greater_equal(table["captured_at"], pa.scalar(since, pa.timestamp("us", "UTC"))))
-    if ids is not None:
-        table = table.filter(pc.is_in(table["frame_id"], ids))
-    return table
-
-
-def _newest(table: pa.Table) -> pa.Table:
-    """Keep the last row of each `frame_id`; segments come in the order of their writing and sorting is stable."""
-    last = {frame_id: row for row, frame_id in enumerate(table["frame_id"].to_pylist())}
-    if len(last) == table.num_rows:
-        return table
-    return table.take(pa.array(sorted(last.values()), pa.int64()))
-
-
-def _segments(fs: pafs.FileSystem, root: str, columns: list[str]) -> Iterable[pa.Table]:
-    """The columns of each segment in the order of their writing; other columns are not even read."""
-    options = pa.ipc.IpcReadOptions(included_fields=[SCHEMA.get_field_index(name) for name in columns])
-    selector = pafs.FileSelector(f"{root}/segments", allow_not_found=True)
-    try:
-        infos = [info for info in fs.get_file_info(selector) if _is_segment(info)]
-        for info in sorted(infos, key=lambda info: info.base_name):
-            with fs.open_input_file(info.path) as source:
-                yield pa.ipc.open_file(source, options=options).read_all().select(columns)
-    except (OSError, pa.ArrowInvalid) as error:
-        raise ResultsUnavailable(f"cannot read results in {root}: {error}") from None
-
-
-def _is_segment(info: pafs.FileInfo) -> bool:
-    return info.base_name.endswith(".arrow") and not info.base_name.startswith(".")
 
 
 def filesystem(uri: str) -> tuple[pafs.FileSystem, str]:

@@ -38,3 +38,14 @@ class WorkerSettings(BaseModel):
     def takt_of(self, product: str) -> float | None:
         """Return within how many milliseconds of its capture a frame is due, None for no limit."""
         return self.product_takt_ms.get(product, self.takt_ms)
+
+
+class ResultsSettings(BaseModel):
+    """Where results are, how often segments go into the table, and how long rows and evidence stay."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    uri: str = Field(default="", description="a directory or a URI as s3://bucket/path; empty: inside home")
+    compact_every_s: float = Field(default=60.0, ge=1, description="pause between two rounds of the compactor")
+    keep_days: int = Field(default=0, ge=0, description="rows captured longer ago are deleted; 0: none")
+    evidence_days: int = Field(default=0, ge=0, description="maps and images older than that are deleted; 0: none")

@@ -25,7 +25,7 @@ from benchmarks.faults.line import CAMERAS, PRODUCTS, Feed, Line, running_line, 
 from benchmarks.machine import describe_machine
 from producers import keys
 from workers.ledger import read_ledger
-from workers.results import read_results
+from workers.reading import read_results
 
 _DISK_MB = 64
 _ENDING_S = 600.0
