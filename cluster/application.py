@@ -6,6 +6,7 @@ from typing import Any
 import ray
 from ray import serve
 
+from cluster.autoscaling import autoscaling_config
 from cluster.config import ProctorConfig
 from cluster.ingress import build_ingress
 from workers.places import Places
@@ -62,15 +63,19 @@ def build_application(config: ProctorConfig, places: Places) -> serve.Applicatio
     inspector = serve.deployment(
         Inspector,
         name=INSPECTOR,
-        num_replicas=config.serve.replicas,
         ray_actor_options={"num_cpus": config.serve.num_cpus, "num_gpus": config.serve.num_gpus},
         health_check_period_s=_HEALTH_PERIOD_S,
         health_check_timeout_s=config.worker.heartbeat_timeout_s,
         graceful_shutdown_timeout_s=_DRAIN_S,
         graceful_shutdown_wait_loop_s=0.1,
         max_ongoing_requests=32,
-    ).bind(places, config.worker, config.serve.threads or math.ceil(config.serve.num_cpus))
-    return build_ingress(APPLICATION, INSPECTOR, config.http.token).bind(inspector)
+    )
+    if config.serve.follows_load:
+        inspector = inspector.options(autoscaling_config=autoscaling_config(config.serve))
+    else:
+        inspector = inspector.options(num_replicas=config.serve.at_start)
+    threads = config.serve.threads or math.ceil(config.serve.num_cpus)
+    return build_ingress(APPLICATION, INSPECTOR, config.http.token).bind(inspector.bind(places, config.worker, threads))
 
 
 def start_trainer(config: ProctorConfig, places: Places, *, detached: bool) -> Any:

@@ -10,6 +10,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from cluster.decision import Decision, read_decision
 from workers.jobs import FINISHED, Job, Jobs
 from workers.ledger import CameraLedger, ProductLedger, read_ledger
 from workers.reports import read_replicas
@@ -24,6 +25,7 @@ class Status:
     products: list[ProductLedger]
     replicas: list[dict[str, Any]]
     jobs: list[Job]
+    scaling: Decision | None = None
 
     @classmethod
     def read(cls, server: redis.Redis) -> "Status":
@@ -33,7 +35,7 @@ class Status:
             StreamUnavailable: Redis does not answer.
         """
         jobs = [job for job in Jobs(server).all() if job.state not in FINISHED]
-        return cls(read_ledger(server), read_replicas(server), jobs)
+        return cls(read_ledger(server), read_replicas(server), jobs, read_decision(server))
 
     @property
     def balanced(self) -> bool:
@@ -46,6 +48,7 @@ class Status:
             "balanced": self.balanced,
             "products": [product.as_dict() for product in self.products],
             "replicas": self.replicas,
+            "scaling": self.scaling.as_dict() if self.scaling else None,
             "jobs": [job.model_dump(mode="json") for job in self.jobs],
         }
 
@@ -56,6 +59,8 @@ def render(status: Status) -> RenderableType:
     if not status.products:
         parts.append(Text("no frames yet: `proctor push SOURCE --product P --camera C` sends some", style="dim"))
     parts.append(_replica_table(status))
+    if status.scaling:
+        parts.append(Text(status.scaling.line()))
     for job in status.jobs:
         done = f"{job.step}/{job.steps}" if job.steps else job.state
         parts.append(Text(f"training {job.product}: {done}", style="cyan"))
