@@ -5,10 +5,12 @@ from typing import Any
 
 import ray
 from ray import serve
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 
-from cluster.autoscaling import autoscaling_config
+from cluster.autoscaling import BacklogPolicy
 from cluster.config import ProctorConfig
 from cluster.ingress import build_ingress
+from cluster.serve_settings import ServeSettings
 from workers.places import Places
 from workers.settings import WorkerSettings
 from workers.trainer_actor import NAME as TRAINER
@@ -76,6 +78,21 @@ def build_application(config: ProctorConfig, places: Places) -> serve.Applicatio
         inspector = inspector.options(num_replicas=config.serve.at_start)
     threads = config.serve.threads or math.ceil(config.serve.num_cpus)
     return build_ingress(APPLICATION, INSPECTOR, config.http.token).bind(inspector.bind(places, config.worker, threads))
+
+
+def autoscaling_config(settings: ServeSettings) -> AutoscalingConfig:
+    """What Serve needs to follow the backlog; the delays are the policy's, so Serve adds none."""
+    return AutoscalingConfig(
+        min_replicas=settings.least,
+        max_replicas=settings.most,
+        initial_replicas=settings.at_start,
+        upscale_delay_s=0.0,
+        downscale_delay_s=0.0,
+        policy=AutoscalingPolicy(
+            policy_function=f"{BacklogPolicy.__module__}:{BacklogPolicy.__name__}",
+            policy_kwargs={"settings": settings.model_dump(mode="json")},
+        ),
+    )
 
 
 def start_trainer(config: ProctorConfig, places: Places, *, detached: bool) -> Any:

@@ -5,11 +5,10 @@ by value and imports the rest, so Proctor must be installed on the head; nothing
 """
 
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import redis
 from ray.experimental import internal_kv
-from ray.serve.config import AutoscalingConfig, AutoscalingContext, AutoscalingPolicy
 
 from cluster.decision import Decision
 from cluster.load_watch import LoadWatch
@@ -17,6 +16,9 @@ from cluster.scaling import Waiting, after_delay, replicas_wanted
 from cluster.serve_settings import ServeSettings
 from workers.errors import StreamUnavailable
 from workers.places import Places
+
+if TYPE_CHECKING:
+    from ray.serve.config import AutoscalingContext
 
 _NAMESPACE = "proctor"
 _KEY = "redis_url"
@@ -34,7 +36,7 @@ class BacklogPolicy:
         self._watch = LoadWatch(connect_as_told)
         self._waiting: Waiting | None = None
 
-    def __call__(self, context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
+    def __call__(self, context: "AutoscalingContext") -> tuple[int, dict[str, Any]]:
         """The number to have now, and no state for Serve to keep."""
         now, current = time.monotonic(), context.target_num_replicas
         wish = replicas_wanted(self._watch.figures(now), self._settings, current, now)
@@ -42,21 +44,6 @@ class BacklogPolicy:
         least, most = self._settings.least, self._settings.most
         self._watch.note(Decision(context.current_num_replicas, wanted, least, most, wish.reason))
         return wanted, {}
-
-
-def autoscaling_config(settings: ServeSettings) -> AutoscalingConfig:
-    """What Serve needs to follow the backlog; the delays are the policy's, so Serve adds none."""
-    return AutoscalingConfig(
-        min_replicas=settings.least,
-        max_replicas=settings.most,
-        initial_replicas=settings.at_start,
-        upscale_delay_s=0.0,
-        downscale_delay_s=0.0,
-        policy=AutoscalingPolicy(
-            policy_function=f"{BacklogPolicy.__module__}:{BacklogPolicy.__name__}",
-            policy_kwargs={"settings": settings.model_dump(mode="json")},
-        ),
-    )
 
 
 def tell_redis_url(url: str) -> None:

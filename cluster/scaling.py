@@ -17,7 +17,7 @@ class Wish:
 
     Attributes:
         replicas: within the bounds.
-        reason: why, in a few words that name the number.
+        reason: why, in a few words.
         at_once: whether a smaller number needs no further waiting.
     """
 
@@ -58,13 +58,14 @@ def _by_lag(figures: Figures, settings: ServeSettings, current: int) -> Wish:
         return Wish(current, f"lag {figures.lag}, speed of a replica not known yet, {current} kept")
     load = (figures.arriving_per_s + figures.lag / settings.target_drain_s) / figures.judged_per_s
     load = min(load, _MOST_LOAD)
-    more, fewer = settings.bounded(math.ceil(load)), settings.bounded(math.ceil(load / _ROOM))
-    if more > current:
-        short = "" if math.ceil(load) <= settings.most else f" of {math.ceil(load)}"
-        return Wish(more, f"lag {figures.lag} needs {more}{short} to drain in {settings.target_drain_s:g} s")
-    if fewer < current:
-        return Wish(fewer, f"lag {figures.lag} needs only {fewer}")
-    return Wish(current, f"lag {figures.lag} needs {current}")
+    needed = math.ceil(load)
+    more, fewer = settings.bounded(needed), settings.bounded(math.ceil(load / _ROOM))
+    wanted = more if more > current else min(fewer, current)
+    reason = f"lag {figures.lag} needs {needed} to drain in {settings.target_drain_s:g} s"
+    if needed != wanted:
+        why = "is the most" if needed > settings.most else "is the least" if wanted == settings.least else "leaves room"
+        reason = f"{reason}, {wanted} {why}"
+    return Wish(wanted, reason)
 
 
 def _by_age(figures: Figures, settings: ServeSettings, current: int) -> Wish | None:
