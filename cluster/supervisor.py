@@ -189,7 +189,7 @@ def _start_ray(config: ProctorConfig, address: str | None, stack: contextlib.Exi
             include_dashboard=None if address else False,
             _node_ip_address=None if address else "127.0.0.1",  # then nothing of it listens on other addresses
             object_store_memory=None if address else _OBJECT_STORE_BYTES,
-            num_cpus=None if address else _cpus(config),
+            num_cpus=None if address else cpus_of_local_ray(config),
             log_to_driver=False,
             logging_level=logging.ERROR,
         )
@@ -217,7 +217,7 @@ def _has_ray_token() -> bool:
     return bool(named) or (Path.home() / ".ray" / "auth_token").exists()
 
 
-def _cpus(config: ProctorConfig) -> int:
+def cpus_of_local_ray(config: ProctorConfig) -> int:
     """CPUs that a local Ray believes in: at least what the application may reserve, or a laptop would never start."""
     needed = config.serve.most * config.serve.num_cpus + config.trainer.num_cpus
     return max(os.cpu_count() or 1, int(-(-needed // 1)))
@@ -229,13 +229,14 @@ def _deploy(config: ProctorConfig, redis_url: str, stack: contextlib.ExitStack, 
     from ray.serve.config import HTTPOptions
 
     from cluster.application import APPLICATION, build_application, places_of, start_trainer
-    from cluster.autoscaling import tell_redis_url
+    from cluster.autoscaling import forget_redis_url, tell_redis_url
 
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     places = places_of(config, redis_url)
-    _check_resources(config, ray.cluster_resources(), say)
+    check_resources(config, ray.cluster_resources(), say)
     if config.serve.follows_load:
         tell_redis_url(redis_url)
+        stack.callback(forget_redis_url)
     say("starting replicas and trainer")
     trainer = start_trainer(config, places, detached=detached)
     stack.callback(ray.kill, trainer)
@@ -248,8 +249,17 @@ def _deploy(config: ProctorConfig, redis_url: str, stack: contextlib.ExitStack, 
         raise ProctorError(f"the application did not start: {_cause(error)}") from None
 
 
-def _check_resources(config: ProctorConfig, found: dict[str, float], say: Say) -> None:
-    """Refuse what Ray would wait for without end; warn of replicas that the load may want and Ray cannot place."""
+def check_resources(config: ProctorConfig, found: dict[str, float], say: Say) -> None:
+    """Refuse what Ray would wait for without end; warn of replicas that the load may want and Ray cannot place.
+
+    Args:
+        config: what is reserved.
+        found: Ray's resources, all of its nodes together.
+        say: told the warning.
+
+    Raises:
+        ProctorError: not even the replicas of the start fit.
+    """
     for name, key in (("CPU", "num_cpus"), ("GPU", "num_gpus")):
         each, trainer, there = getattr(config.serve, key), getattr(config.trainer, key), found.get(name, 0)
         asked = config.serve.at_start * each + trainer

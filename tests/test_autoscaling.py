@@ -19,10 +19,12 @@ from conftest import texture
 from cluster.autoscaling import BacklogPolicy
 from cluster.config import load_config
 from cluster.decision import Decision, read_decision, write_decision
+from cluster.errors import ProctorError
 from cluster.launch import Supervisor, start_supervisor
 from cluster.load_watch import LoadWatch
 from cluster.serve_settings import ServeSettings
 from cluster.status import Status, render
+from cluster.supervisor import check_resources, cpus_of_local_ray
 from models.cards import DetectorRecord, ModelDraft, TeacherRecord, TrainingRecord
 from models.detectors import make_detector
 from models.registry import Registry
@@ -262,3 +264,49 @@ def test_status_shows_the_decision(server):
     assert status.as_dict()["scaling"]["wanted"] == 3
     shown = [str(part) for part in render(status).renderables]
     assert "replicas 2 of 1-3, 3 wanted: lag 840 needs 3 to drain in 10 s" in shown
+
+
+# --- what Ray must have room for
+
+
+def room_for(text: str, found: dict[str, float], tmp_path: Path) -> list[str]:
+    file = tmp_path / "proctor.toml"
+    file.write_text(f"[serve]\n{text}\n")
+    said: list[str] = []
+    check_resources(load_config(file), found, said.append)
+    return said
+
+
+@pytest.mark.parametrize(
+    ("text", "found", "said"),
+    [
+        ("replicas = 3", {"CPU": 4.0}, []),
+        ("max_replicas = 3", {"CPU": 4.0}, []),
+        (
+            "max_replicas = 8\nnum_cpus = 2",
+            {"CPU": 12.0},
+            ["warning: max_replicas = 8, but Ray's 12 CPUs have room for 5"],
+        ),
+        (
+            "max_replicas = 2\nnum_gpus = 1",
+            {"CPU": 9.0, "GPU": 1.0},
+            ["warning: max_replicas = 2, but Ray's 1 GPUs have room for 1"],
+        ),
+    ],
+)
+def test_replicas_that_find_no_room_are_warned_of(text, found, said, tmp_path):
+    assert room_for(text, found, tmp_path) == said
+
+
+@pytest.mark.parametrize(
+    "text", ["replicas = 4", "min_replicas = 4\nmax_replicas = 5", "replicas = 4\nmax_replicas = 5"]
+)
+def test_a_start_that_finds_no_room_is_refused(text, tmp_path):
+    with pytest.raises(ProctorError, match=r"reserve 5 CPUs, Ray has 4: lower num_cpus"):
+        room_for(text, {"CPU": 4.0}, tmp_path)
+
+
+def test_a_local_ray_believes_in_enough_cpus_for_the_largest_number(tmp_path):
+    file = tmp_path / "proctor.toml"
+    file.write_text("[serve]\nmax_replicas = 100\nnum_cpus = 1.5\n")
+    assert cpus_of_local_ray(load_config(file)) == 151
