@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import redis
 
 from benchmarks.machine import describe_machine
@@ -98,7 +99,8 @@ def _measure(folder: Path, frames: int) -> dict[str, Any]:
         server = redis.Redis.from_url(supervisor.state.redis_url)
         registry = Registry(config.registry.uri)
         Pointers(server, registry).promote(_PRODUCT, _publish_version(registry))
-        _wait(lambda: read_decision(server) is not None)
+        _wait("a decision", lambda: read_decision(server) is not None)
+        _wait("the version", lambda: any(_PRODUCT in replica["versions"] for replica in read_replicas(server)))
         return _flood(server, config, frames)
     finally:
         supervisor.stop(lambda step: None)
@@ -124,6 +126,7 @@ def _flood(server: redis.Redis, config: ProctorConfig, frames: int) -> dict[str,
     publisher, sequence = Publisher(server, config.publish), Sequence()
     coarse = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
     picture = Picture.encode(np.kron(coarse, np.ones((8, 8, 1), np.uint8)))
+    others_load = psutil.cpu_percent(interval=2.0) / 100 * (psutil.cpu_count() or 1)
     started = time.monotonic()
     pushed = [Frame(_PRODUCT, "cam", sequence.next(), time.time_ns(), picture) for _ in range(frames)]
     for frame in pushed:
@@ -149,11 +152,13 @@ def _flood(server: redis.Redis, config: ProctorConfig, frames: int) -> dict[str,
         "wanted_1": until(lambda seen: seen.wanted == 1),
         "running_1": until(lambda seen: seen.running == 1),
     }
+    until(lambda seen: seen.at_s > seconds["running_1"] + 5)  # for the picture
     rows = read_results(config.results.uri, columns=("frame_id", "replica")).to_pydict()
     lost = {frame.frame_id for frame in pushed} - set(rows["frame_id"])
     return {
         "benchmark": "autoscaling",
         "machine": describe_machine(),
+        "others_load": round(others_load, 2),  # of all other programs, in cores, when the flood began
         "settings": config.serve.model_dump(mode="json"),
         "version": f"untrained stfpm, width 0.5, efficientnet_lite0, input {_INPUT_SIZE}",
         "frames": frames,
@@ -162,8 +167,18 @@ def _flood(server: redis.Redis, config: ProctorConfig, frames: int) -> dict[str,
         "lost": len(lost),
         "doubled": int(server.xlen(keys.verdicts(_PRODUCT))) - len(rows["frame_id"]),
         "balanced": all(product.balanced for product in read_ledger(server)),
-        "timeline": [asdict(moment) for moment in timeline],
+        "timeline": [asdict(moment) for moment in _thinned(timeline)],
     }
+
+
+def _thinned(timeline: list[Moment]) -> list[Moment]:
+    """One moment a second, and every one with another number of replicas."""
+    kept = timeline[:1]
+    for moment in timeline[1:]:
+        changed = (moment.wanted, moment.running) != (kept[-1].wanted, kept[-1].running)
+        if changed or moment.at_s - kept[-1].at_s >= 1.0 or moment is timeline[-1]:
+            kept.append(moment)
+    return kept
 
 
 def _look(server: redis.Redis, started: float) -> Moment:
@@ -173,11 +188,11 @@ def _look(server: redis.Redis, started: float) -> Moment:
     return Moment(round(time.monotonic() - started, 2), lag, decision.wanted if decision else 0, running)
 
 
-def _wait(holds: Callable[[], bool]) -> None:
+def _wait(what: str, holds: Callable[[], bool]) -> None:
     give_up_at = time.monotonic() + _PATIENCE_S
     while not holds():
         if time.monotonic() > give_up_at:
-            raise RuntimeError("the policy has decided nothing")
+            raise RuntimeError(f"{what} did not come within {_PATIENCE_S:g} s")
         time.sleep(_LOOK_S)
 
 
@@ -200,7 +215,7 @@ def _draw(timeline: list[dict[str, Any]], seconds: dict[str, float], picture: Pa
     below.set_xlabel("seconds since the flood began")
     below.set_yticks([0, 1, 2, 3])
     below.set_ylim(0, 3.4)
-    below.legend(frameon=False, loc="upper right")
+    below.legend(frameon=False, loc="lower center", ncols=2)
     for axes in (above, below):
         axes.spines[["top", "right"]].set_visible(False)
         axes.axvline(seconds["backlog_gone"], color="#bbbbbb", linewidth=0.8, linestyle=":")

@@ -15,7 +15,7 @@ from workers.reports import read_replicas
 
 logger = logging.getLogger("ray.serve")  # the controller's log, the only one that is kept of its process
 
-LOOK_EVERY_S = 0.5
+_LOOK_EVERY_S = 0.5
 _FORGOTTEN_S = 10.0
 
 
@@ -33,8 +33,10 @@ class LoadWatch:
         self._connect = connect
         self._figures: Figures | None = None
         self._decision: Decision | None = None
+        self._wanted: int | None = None
         self._asked_at = 0.0
         self._thread: threading.Thread | None = None
+        self._news = threading.Event()
 
     @property
     def running(self) -> bool:
@@ -54,8 +56,10 @@ class LoadWatch:
         return self._figures
 
     def note(self, decision: Decision) -> None:
-        """Have a decision written to Redis with the next look."""
-        self._decision = decision
+        """Have a decision written to Redis: with the next look, or at once when it is for another number."""
+        if self._wanted not in (None, decision.wanted):
+            self._news.set()
+        self._decision, self._wanted = decision, decision.wanted
 
     def _run(self) -> None:
         load, server, trouble = Load(), None, None
@@ -68,7 +72,8 @@ class LoadWatch:
                 trouble = _logged(str(error), trouble)
             except Exception as error:  # the thread's outer edge: figures grow old, and the number of replicas stays
                 trouble = _logged(f"looking at the load failed: {type(error).__name__}: {error}", trouble)
-            time.sleep(LOOK_EVERY_S)
+            self._news.wait(_LOOK_EVERY_S)
+            self._news.clear()
         if server is not None:
             server.close()
 
