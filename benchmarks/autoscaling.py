@@ -126,7 +126,7 @@ def _flood(server: redis.Redis, config: ProctorConfig, frames: int) -> dict[str,
     publisher, sequence = Publisher(server, config.publish), Sequence()
     coarse = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
     picture = Picture.encode(np.kron(coarse, np.ones((8, 8, 1), np.uint8)))
-    others_load = psutil.cpu_percent(interval=2.0) / 100 * (psutil.cpu_count() or 1)
+    busy_cores = psutil.cpu_percent(interval=2.0) / 100 * (psutil.cpu_count() or 1)
     started = time.monotonic()
     pushed = [Frame(_PRODUCT, "cam", sequence.next(), time.time_ns(), picture) for _ in range(frames)]
     for frame in pushed:
@@ -158,7 +158,7 @@ def _flood(server: redis.Redis, config: ProctorConfig, frames: int) -> dict[str,
     return {
         "benchmark": "autoscaling",
         "machine": describe_machine(),
-        "others_load": round(others_load, 2),  # of all other programs, in cores, when the flood began
+        "busy_cores_before": round(busy_cores, 2),  # by all programs, this application idle among them
         "settings": config.serve.model_dump(mode="json"),
         "version": f"untrained stfpm, width 0.5, efficientnet_lite0, input {_INPUT_SIZE}",
         "frames": frames,
