@@ -5,9 +5,12 @@ from typing import Any
 
 import ray
 from ray import serve
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 
+from cluster.autoscaling import BacklogPolicy
 from cluster.config import ProctorConfig
 from cluster.ingress import build_ingress
+from cluster.serve_settings import ServeSettings
 from workers.compactor_actor import NAME as COMPACTOR
 from workers.compactor_actor import CompactorActor
 from workers.places import Places
@@ -64,15 +67,35 @@ def build_application(config: ProctorConfig, places: Places) -> serve.Applicatio
     inspector = serve.deployment(
         Inspector,
         name=INSPECTOR,
-        num_replicas=config.serve.replicas,
         ray_actor_options={"num_cpus": config.serve.num_cpus, "num_gpus": config.serve.num_gpus},
         health_check_period_s=_HEALTH_PERIOD_S,
         health_check_timeout_s=config.worker.heartbeat_timeout_s,
         graceful_shutdown_timeout_s=_DRAIN_S,
         graceful_shutdown_wait_loop_s=0.1,
         max_ongoing_requests=32,
-    ).bind(places, config.worker_settings(), config.serve.threads or math.ceil(config.serve.num_cpus))
-    return build_ingress(APPLICATION, INSPECTOR, places, config.http.token).bind(inspector)
+    )
+    if config.serve.follows_load:
+        inspector = inspector.options(autoscaling_config=autoscaling_config(config.serve))
+    else:
+        inspector = inspector.options(num_replicas=config.serve.at_start)
+    threads = config.serve.threads or math.ceil(config.serve.num_cpus)
+    bound = inspector.bind(places, config.worker_settings(), threads)
+    return build_ingress(APPLICATION, INSPECTOR, places, config.http.token).bind(bound)
+
+
+def autoscaling_config(settings: ServeSettings) -> AutoscalingConfig:
+    """What Serve needs to follow the backlog; the delays are the policy's, so Serve adds none."""
+    return AutoscalingConfig(
+        min_replicas=settings.least,
+        max_replicas=settings.most,
+        initial_replicas=settings.at_start,
+        upscale_delay_s=0.0,
+        downscale_delay_s=0.0,
+        policy=AutoscalingPolicy(
+            policy_function=f"{BacklogPolicy.__module__}:{BacklogPolicy.__name__}",
+            policy_kwargs={"settings": settings.model_dump(mode="json")},
+        ),
+    )
 
 
 def start_trainer(config: ProctorConfig, places: Places, *, detached: bool) -> Any:

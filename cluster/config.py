@@ -23,6 +23,7 @@ from pydantic_settings import (
 )
 
 from cluster.errors import ConfigError
+from cluster.serve_settings import ServeSettings
 from models.settings import TrainingSettings
 from producers.settings import Policy, PublisherSettings
 from workers.settings import ResultsSettings, WorkerSettings
@@ -82,15 +83,6 @@ class HttpSettings(_Section):
         if not self.token and not _is_loopback(self.host):
             raise ValueError(f'host "{self.host}" is open to other machines: set http.token, or host = "127.0.0.1"')
         return self
-
-
-class ServeSettings(_Section):
-    """Replicas of the inspection loop and what Ray reserves for each."""
-
-    replicas: int = Field(default=1, ge=1)
-    num_cpus: float = Field(default=1.0, ge=0)
-    num_gpus: float = Field(default=0.0, ge=0)
-    threads: int = Field(default=0, ge=0, description="CPU threads of a replica; 0: as many as num_cpus")
 
 
 class TrainerSettings(_Section):

@@ -10,6 +10,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from cluster.decision import Decision, read_decision
 from workers.jobs import FINISHED, Job, Jobs
 from workers.ledger import CameraLedger, ProductLedger, read_ledger
 from workers.reports import read_compactor, read_replicas
@@ -25,6 +26,7 @@ class Status:
     replicas: list[dict[str, Any]]
     jobs: list[Job]
     compactor: dict[str, Any] | None = None
+    scaling: Decision | None = None
 
     @classmethod
     def read(cls, server: redis.Redis) -> "Status":
@@ -34,7 +36,13 @@ class Status:
             StreamUnavailable: Redis does not answer.
         """
         jobs = [job for job in Jobs(server).all() if job.state not in FINISHED]
-        return cls(read_ledger(server), read_replicas(server), jobs, compactor=read_compactor(server))
+        return cls(
+            read_ledger(server),
+            read_replicas(server),
+            jobs,
+            compactor=read_compactor(server),
+            scaling=read_decision(server),
+        )
 
     @property
     def balanced(self) -> bool:
@@ -48,6 +56,7 @@ class Status:
             "products": [product.as_dict() for product in self.products],
             "replicas": self.replicas,
             "compactor": self.compactor,
+            "scaling": self.scaling.as_dict() if self.scaling else None,
             "jobs": [job.model_dump(mode="json") for job in self.jobs],
         }
 
@@ -58,8 +67,10 @@ def render(status: Status) -> RenderableType:
     if not status.products:
         parts.append(Text("no frames yet: `proctor push SOURCE --product P --camera C` sends some", style="dim"))
     parts.append(_replica_table(status))
-    parts += _remarks(status)
+    if status.scaling:
+        parts.append(Text(status.scaling.line()))
     parts.append(_compactor_line(status.compactor))
+    parts += _remarks(status)
     for job in status.jobs:
         done = f"{job.step}/{job.steps}" if job.steps else job.state
         parts.append(Text(f"training {job.product}: {done}", style="cyan"))

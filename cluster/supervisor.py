@@ -121,9 +121,11 @@ def remove_from_cluster(config: ProctorConfig, address: str, say: Say) -> None:
         from ray import serve
 
         from cluster.application import APPLICATION, COMPACTOR, NAMESPACE, TRAINER
+        from cluster.autoscaling import forget_redis_url
 
         say("draining")
         serve.delete(APPLICATION)
+        forget_redis_url()
         if not serve.status().applications:  # nobody else's either: then its proxy needs not listen
             serve.shutdown()
         with contextlib.suppress(ValueError):  # no trainer of that name: gone already
@@ -190,7 +192,7 @@ def _start_ray(config: ProctorConfig, address: str | None, stack: contextlib.Exi
             include_dashboard=None if address else False,
             _node_ip_address=None if address else "127.0.0.1",  # then nothing of it listens on other addresses
             object_store_memory=None if address else _OBJECT_STORE_BYTES,
-            num_cpus=None if address else _cpus(config),
+            num_cpus=None if address else cpus_of_local_ray(config),
             log_to_driver=False,
             logging_level=logging.ERROR,
         )
@@ -218,9 +220,9 @@ def _has_ray_token() -> bool:
     return bool(named) or (Path.home() / ".ray" / "auth_token").exists()
 
 
-def _cpus(config: ProctorConfig) -> int:
-    """CPUs that a local Ray believes in: at least what the application reserves, or a laptop would never start."""
-    needed = config.serve.replicas * config.serve.num_cpus + config.trainer.num_cpus
+def cpus_of_local_ray(config: ProctorConfig) -> int:
+    """CPUs that a local Ray believes in: at least what the application may reserve, or a laptop would never start."""
+    needed = config.serve.most * config.serve.num_cpus + config.trainer.num_cpus
     return max(os.cpu_count() or 1, int(-(-needed // 1)))
 
 
@@ -230,10 +232,14 @@ def _deploy(config: ProctorConfig, redis_url: str, stack: contextlib.ExitStack, 
     from ray.serve.config import HTTPOptions
 
     from cluster.application import APPLICATION, build_application, places_of, start_compactor, start_trainer
+    from cluster.autoscaling import forget_redis_url, tell_redis_url
 
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     places = places_of(config, redis_url)
-    _check_resources(config, ray.cluster_resources())
+    check_resources(config, ray.cluster_resources(), say)
+    if config.serve.follows_load:
+        tell_redis_url(redis_url)
+        stack.callback(forget_redis_url)
     say("starting replicas and trainer")
     trainer = start_trainer(config, places, detached=detached)
     stack.callback(ray.kill, trainer)
@@ -260,14 +266,25 @@ def _end_compactor(compactor: Any) -> None:
     ray.kill(compactor)
 
 
-def _check_resources(config: ProctorConfig, found: dict[str, float]) -> None:
-    """Refuse what Ray would wait for without end."""
+def check_resources(config: ProctorConfig, found: dict[str, float], say: Say) -> None:
+    """Refuse what Ray would wait for without end; warn of replicas that the load may want and Ray cannot place.
+
+    Args:
+        config: what is reserved.
+        found: Ray's resources, all of its nodes together.
+        say: told the warning.
+
+    Raises:
+        ProctorError: not even the replicas of the start fit.
+    """
     for name, key in (("CPU", "num_cpus"), ("GPU", "num_gpus")):
-        asked = config.serve.replicas * getattr(config.serve, key) + getattr(config.trainer, key)
-        if asked > found.get(name, 0):
-            raise ProctorError(
-                f"[serve] and [trainer] reserve {asked:g} {name}s, Ray has {found.get(name, 0):g}: lower {key}"
-            )
+        each, trainer, there = getattr(config.serve, key), getattr(config.trainer, key), found.get(name, 0)
+        asked = config.serve.at_start * each + trainer
+        if asked > there:
+            raise ProctorError(f"[serve] and [trainer] reserve {asked:g} {name}s, Ray has {there:g}: lower {key}")
+        if config.serve.most * each + trainer > there:
+            fit = int((there - trainer) // each)
+            say(f"warning: max_replicas = {config.serve.most}, but Ray's {there:g} {name}s have room for {fit}")
 
 
 def _cause(error: RuntimeError) -> str:

@@ -95,6 +95,7 @@ def test_a_leaf_loads_nothing_heavy_of_the_others(package, forbidden):
     [
         ("workers.loop", ["ray"]),  # the loop runs, and is tested, without Ray
         ("cluster.cli", ["torch", "ray"]),  # `proctor --help` answers at once
+        ("cluster.autoscaling", ["torch"]),  # Serve imports it in its controller
     ],
 )
 def test_a_module_stays_light(module, forbidden):

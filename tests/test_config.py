@@ -123,6 +123,26 @@ def test_the_configuration_travels_unchanged_whatever_the_other_machine_sets(mon
     assert ProctorConfig.model_validate(json.loads(config.model_dump_json())) == config
 
 
+@pytest.mark.parametrize(
+    ("text", "least", "most", "at_start"),
+    [
+        ("", 1, 1, 1),
+        ("replicas = 3", 3, 3, 3),
+        ("max_replicas = 3", 1, 3, 1),
+        ("min_replicas = 2\nmax_replicas = 4", 2, 4, 2),
+        ("min_replicas = 1\nmax_replicas = 4\nreplicas = 3", 1, 4, 3),
+        ("min_replicas = 1\nreplicas = 3", 1, 3, 3),
+        ("min_replicas = 2\nmax_replicas = 2", 2, 2, 2),
+    ],
+)
+def test_bounds_of_the_replicas(text, least, most, at_start):
+    write(f"[serve]\n{text}\n")
+    config = load_config()
+    serve = config.serve
+    assert (serve.least, serve.most, serve.at_start, serve.follows_load) == (least, most, at_start, least < most)
+    assert ProctorConfig.model_validate(json.loads(config.model_dump_json())) == config
+
+
 def test_every_section_refuses_unknown_keys():
     def check(model: type[BaseModel]) -> None:
         assert model.model_config.get("extra") == "forbid", model
@@ -158,6 +178,14 @@ def test_every_section_refuses_unknown_keys():
             "[worker.evidence]\nnear = -1\npass_share = 3",
             "near = -1: should be greater than or equal to 0 (and 1 more)",
         ),
+        (
+            "[serve]\nmin_replicas = 4\nmax_replicas = 3",
+            "proctor.toml: serve: min_replicas = 4 is above max_replicas = 3: raise max_replicas",
+        ),
+        ("[serve]\nmin_replicas = 2", "serve: min_replicas = 2 is above replicas = 1: raise max_replicas"),
+        ("[serve]\nreplicas = 4\nmax_replicas = 3", "serve: replicas = 4 is above max_replicas = 3"),
+        ("[serve]\nmax_replicas = 0", "serve.max_replicas = 0: should be greater than or equal to 1"),
+        ("[serve]\ntarget_drain_s = 0", "serve.target_drain_s = 0: should be greater than 0"),
         ("[http]\nport = \n", "proctor.toml: is not valid TOML: Invalid value (at line 2, column 8)"),
     ],
 )
