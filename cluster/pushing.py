@@ -11,7 +11,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from producers import keys
 from producers.camera import Camera
+from producers.errors import ServerUnavailable
 from producers.publisher import Published, Publisher
+from producers.redis_errors import REDIS_ERRORS, trouble
 from producers.sequence import Sequence
 from producers.settings import PublisherSettings
 
@@ -56,8 +58,13 @@ def push_frames(
         ProducerError: Redis stays away, or another producer uses the camera's name.
     """
     publisher = Publisher(server, settings)
-    if not server.exists(keys.model(camera.product)):
-        console.print(f"[yellow]{camera.product} has no version in service: its frames get the verdict `unknown`[/]")
+    try:
+        if not server.exists(keys.model(camera.product)):
+            console.print(
+                f"[yellow]{camera.product} has no version in service: its frames get the verdict `unknown`[/]"
+            )
+    except REDIS_ERRORS as error:
+        raise ServerUnavailable(trouble(error)) from None
     sequence = Sequence(after=publisher.last_seq(camera.product, camera.name))
     captured = published = 0
     started = time.monotonic()

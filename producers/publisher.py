@@ -6,18 +6,12 @@ from collections.abc import Callable
 from enum import Enum
 
 import redis
-from redis.exceptions import (
-    AuthenticationError,
-    ConnectionError,
-    OutOfMemoryError,
-    RedisError,
-    ResponseError,
-    TimeoutError,
-)
+from redis.exceptions import AuthenticationError, BusyLoadingError, NoPermissionError
 
 from producers import keys
 from producers.errors import FrameError, ServerUnavailable
 from producers.frame import Frame, check_camera, check_product
+from producers.redis_errors import REDIS_ERRORS, is_refusal, may_pass, one_line, permission_line, trouble
 from producers.settings import PublisherSettings
 
 # One step, so that stream, ledger and waiting set never disagree. A frame whose sequence number and capture time
@@ -78,8 +72,8 @@ class Publisher:
         name = f"{check_camera(camera)}:last_seq"
         try:
             return int(self._server.hget(keys.ledger(check_product(product)), name) or 0)
-        except RedisError as error:
-            raise ServerUnavailable(f"Redis did not answer: {error}") from None
+        except REDIS_ERRORS as error:
+            raise ServerUnavailable(trouble(error)) from None
 
     def publish(self, frame: Frame, stop: threading.Event | None = None) -> Published:
         """Publish one frame; blocks while the product's stream is full.
@@ -118,9 +112,12 @@ class Publisher:
                 return step(frame)
             except AuthenticationError as error:
                 raise ServerUnavailable(f"Redis refuses the password: {error}") from None
-            except RedisError as error:
-                if not _may_pass(error):
-                    raise ServerUnavailable(f"Redis refuses frame {frame.frame_id}: {error}") from None
+            except REDIS_ERRORS as error:
+                if not may_pass(error):
+                    why = permission_line(error) if isinstance(error, NoPermissionError) else one_line(error)
+                    raise ServerUnavailable(f"Redis refuses frame {frame.frame_id}: {why}") from None
+                if isinstance(error, BusyLoadingError):  # alive and reading its data, however long that takes
+                    give_up_at = time.monotonic() + self._settings.retry_s
                 if time.monotonic() > give_up_at or stop.wait(pause_s):
                     waited_s = time.monotonic() - give_up_at + self._settings.retry_s
                     if "MISCONF" in str(error):
@@ -128,9 +125,9 @@ class Publisher:
                             f"frame {frame.frame_id} was not published: Redis cannot write to its disk; free some "
                             "space there, then push again"
                         ) from None
-                    did = "refused frames" if isinstance(error, ResponseError) else "did not answer"
+                    did = "refused frames" if is_refusal(error) else "did not answer"
                     raise ServerUnavailable(
-                        f"Redis {did} for {waited_s:.1f} s, frame {frame.frame_id} was not published: {error}"
+                        f"Redis {did} for {waited_s:.1f} s, frame {frame.frame_id} was not published: {one_line(error)}"
                     ) from None
                 pause_s = min(pause_s * 2, 1.0)
 
@@ -160,10 +157,3 @@ class Publisher:
 
     def _give_up(self, frame: Frame) -> bytes:
         return self._shed(keys=[keys.ledger(frame.product)], args=[frame.camera, frame.seq, frame.captured_at_ns])
-
-
-def _may_pass(error: RedisError) -> bool:
-    """Whether waiting may help: a server that is away, starting, out of memory or on a full disk (MISCONF)."""
-    if isinstance(error, ConnectionError | TimeoutError | OutOfMemoryError):
-        return True
-    return "MISCONF" in str(error)

@@ -5,9 +5,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import redis
-from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import ResponseError
 
 from producers import keys
+from producers.redis_errors import REDIS_ERRORS, trouble
 from workers.errors import StreamUnavailable
 
 _RATE_WINDOW_S = 10.0
@@ -87,8 +88,8 @@ def read_ledger(server: redis.Redis) -> list[ProductLedger]:
     try:
         products: Any = server.smembers(keys.PRODUCTS)
         return [_product(server, name.decode(errors="replace")) for name in sorted(products)]
-    except RedisError as error:
-        raise StreamUnavailable(f"Redis did not answer: {error}") from error
+    except REDIS_ERRORS as error:
+        raise StreamUnavailable(trouble(error)) from error
 
 
 def _product(server: redis.Redis, product: str) -> ProductLedger:

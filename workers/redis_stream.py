@@ -11,11 +11,12 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 import redis
-from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import ResponseError
 
 from producers import keys
 from producers.errors import FrameError
 from producers.frame import check_camera
+from producers.redis_errors import REDIS_ERRORS, trouble
 from workers.errors import StreamUnavailable
 from workers.settings import WorkerSettings
 from workers.stream import Entry, Settlement, VerdictMessage
@@ -73,8 +74,8 @@ def _translated(method: Callable[P, T]) -> Callable[P, T]:
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
         try:
             return method(*args, **kwargs)
-        except RedisError as error:
-            raise StreamUnavailable(f"Redis did not answer: {error}") from error
+        except REDIS_ERRORS as error:
+            raise StreamUnavailable(trouble(error)) from error
 
     return call
 
