@@ -4,6 +4,7 @@ Contract of the keys:
     frames:{product}    stream of captured frames, one consumer group `inspectors`
     verdicts:{product}  stream of verdicts, bounded, newest kept
     dead:{product}      stream of entries that were given up, with `reason`
+    dead_counts:{product}  hash `retried`, `dropped`, `trimmed` -> what became of entries of that stream
     ledger:{product}    hash `camera:captured|judged|shed|dead` -> count, `camera:last_seq` -> seq and
                         `camera:last_captured_at_ns` -> capture time of the camera's newest frame
     model:{product}     hash `current`, `previous` -> version of the student in service
@@ -28,6 +29,11 @@ def verdicts(product: str) -> str:
 def dead(product: str) -> str:
     """Dead-letter stream."""
     return f"dead:{{{product}}}"
+
+
+def dead_counts(product: str) -> str:
+    """Hash of what became of dead letters."""
+    return f"dead_counts:{{{product}}}"
 
 
 def ledger(product: str) -> str:

@@ -14,11 +14,15 @@ import redis
 from redis.exceptions import ResponseError
 
 from producers import keys
+from producers.connecting import is_cluster
 from producers.errors import FrameError
 from producers.frame import check_camera
 from producers.redis_errors import REDIS_ERRORS, trouble
+from workers.consumers import IdleConsumers
+from workers.dead_letters import DeadLetterBound
 from workers.errors import StreamUnavailable
 from workers.settings import WorkerSettings
+from workers.slotwise import SlotwiseReader, for_each
 from workers.stream import Entry, Settlement, VerdictMessage
 
 # Both scripts: an entry that is still there (XDEL = 1) is counted, a second settlement is not. An entry unknown
@@ -93,6 +97,10 @@ class RedisStream:
         self._server, self._consumer, self._settings = server, consumer, settings
         self._settle = server.register_script(_SETTLE)
         self._dead_letter = server.register_script(_DEAD_LETTER)
+        self._dead_bound = DeadLetterBound(server, settings.dead_kept)
+        self._idle_consumers = IdleConsumers(server, consumer, settings.consumer_idle_ms)
+        self._slotwise = SlotwiseReader(self._read_streams) if is_cluster(server) else None
+        self._sent: set[tuple[str, str, int]] = set()
         self._products: tuple[str, ...] = ()
         self._products_read_at = float("-inf")
 
@@ -103,9 +111,14 @@ class RedisStream:
         if not products:
             time.sleep(block_ms / 1000)
             return []
+        if self._slotwise is not None:
+            return self._slotwise.read(products, count, block_ms)
+        return self._read_streams(products, max(1, count // len(products)), block_ms)
+
+    def _read_streams(self, products: tuple[str, ...], share: int, block_ms: int) -> list[Entry]:
+        """At most `share` new entries of each product, with one command."""
         streams: dict[Any, Any] = {keys.frames(product): ">" for product in products}
         by_key = {keys.frames(product).encode(): product for product in products}
-        share = max(1, count // len(products))
         reply: Any = None
         with self._group_may_be_gone():
             # redis-py leaves BLOCK out for None; BLOCK 0 would wait for ever
@@ -147,6 +160,7 @@ class RedisStream:
     def recover(self, held: Sequence[Entry], count: int) -> list[Entry]:
         """See FrameStream. An entry delivered too often is dead-lettered instead of being taken over."""
         self._refresh(held)
+        self._idle_consumers.remove(self._products)
         taken: list[Entry] = []
         for product in self._known_products():
             if len(taken) < count:
@@ -181,6 +195,22 @@ class RedisStream:
     @_translated
     def send_verdicts(self, verdicts: Sequence[VerdictMessage]) -> None:
         """See FrameStream. The verdict streams are bounded: the newest `verdicts_kept` stay."""
+        if not is_cluster(self._server):
+            self._send_verdicts(verdicts)
+            return
+        by_product: dict[str, list[VerdictMessage]] = {}
+        for verdict in verdicts:
+            if (verdict.product, verdict.camera, verdict.seq) not in self._sent:
+                by_product.setdefault(verdict.product, []).append(verdict)
+        for_each(by_product.values(), self._send_part)
+        self._sent.clear()
+
+    def _send_part(self, verdicts: Sequence[VerdictMessage]) -> None:
+        """Send one product's verdicts, and remember that for as long as another's node is away."""
+        self._send_verdicts(verdicts)
+        self._sent |= {(verdict.product, verdict.camera, verdict.seq) for verdict in verdicts}
+
+    def _send_verdicts(self, verdicts: Sequence[VerdictMessage]) -> None:
         pipeline = self._server.pipeline(transaction=False)
         for verdict in verdicts:
             pipeline.xadd(
@@ -209,8 +239,12 @@ class RedisStream:
         by_product: dict[str, list[str | bytes | int]] = {}
         for item in settlements:
             by_product.setdefault(item.product, [keys.GROUP]).extend([item.id, item.camera, item.seq])
-        for product, args in by_product.items():
-            self._settle(keys=[keys.frames(product), keys.ledger(product), keys.waiting(product)], args=args)
+
+        def settle_one(product: str) -> None:
+            of = (keys.frames(product), keys.ledger(product), keys.waiting(product))
+            self._settle(keys=list(of), args=by_product[product])
+
+        for_each(by_product, settle_one)
 
     @_translated
     def dead_letter(self, entry: Entry, camera: str, reason: str) -> None:
@@ -220,6 +254,7 @@ class RedisStream:
             keys=[keys.frames(product), keys.ledger(product), keys.waiting(product), keys.dead(product)],
             args=[keys.GROUP, entry.id, camera, reason],
         )
+        self._dead_bound.trim(product)
 
     @_translated
     def close(self) -> None:

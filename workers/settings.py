@@ -24,6 +24,10 @@ class WorkerSettings(BaseModel):
     max_megapixels: float = Field(default=64.0, gt=0, le=178, description="178 is the decoder's own limit")
     max_deliveries: int = Field(default=3, ge=1, description="an entry delivered more often is dead-lettered")
     claim_idle_ms: int = Field(default=10_000, ge=100, description="an entry idle for longer is taken over")
+    consumer_idle_ms: int = Field(
+        default=3_600_000, ge=1000, description="a consumer that holds nothing and is silent for longer is removed"
+    )
+    dead_kept: int = Field(default=1000, ge=1, description="length of a product's dead-letter stream")
     segment_rows: int = Field(default=256, ge=1)
     segment_ms: float = Field(default=200.0, ge=0, description="longest wait of a row for its segment")
     verdicts_kept: int = Field(default=10_000, ge=1, description="length of a product's verdict stream")
