@@ -36,7 +36,8 @@ def connect(url: str, *, timeout_s: float = 5.0) -> redis.Redis:
     client = None
     try:
         address = ServerAddress.parse(url)
-        client = open_client(url, timeout_s=timeout_s, retries=0)
+        retries = 2 if address.kind == "cluster" else 0  # there a repetition asks another node, at once
+        client = open_client(url, timeout_s=timeout_s, retries=retries)
         # not PING: a server whose disk is full refuses that, and its ledger is wanted most then
         version = str(client.info("server").get("redis_version", "unknown"))
         _await_data(client)
@@ -109,6 +110,10 @@ def _explain(error: Exception, address: ServerAddress, timeout_s: float) -> str:
             f"the host of {shown} is unknown: correct redis.url",
         ),
         (
+            address.kind == "cluster" and any(isinstance(each, ConnectionRefusedError) for each in causes),
+            f"a node of the cluster at {shown} does not answer: start it or correct redis.url",
+        ),
+        (
             any(isinstance(each, ConnectionRefusedError | FileNotFoundError) for each in causes),
             f"nothing listens at {shown}: start that server or correct redis.url",
         ),
@@ -138,7 +143,9 @@ def _explain_tls(error: BaseException | None, server: str) -> str:
 
 
 def _explain_no_master(text: str, address: ServerAddress) -> str:
-    if "ConnectionError" in text or "TimeoutError" in text or "network:" in text:
+    if "AuthenticationError" in text:
+        return f"a sentinel of {address.shown} asks for a password: add ?sentinel_password=PASSWORD to redis.url"
+    if len(re.findall(r" - \S*(?:Connection|Timeout)Error", text)) == len(address.hosts):
         return f"no sentinel of {address.shown} answers: start them or correct redis.url"
     return (
         f"the sentinels of {address.shown} know no master {address.service!r} that is up: correct the service in "
