@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import redis
+from redis.backoff import NoBackoff
 from redis.crc import key_slot
+from redis.retry import Retry
 
 from cluster.server import find_binary
 
@@ -44,7 +46,9 @@ class Node:
     password: str = PASSWORD
 
     def client(self) -> redis.Redis:
-        return redis.Redis(port=self.port, password=self.password or None, socket_timeout=5)
+        return redis.Redis(
+            port=self.port, password=self.password or None, socket_timeout=5, retry=Retry(NoBackoff(), 0)
+        )
 
     def kill(self) -> None:
         self.process.send_signal(signal.SIGKILL)
@@ -139,7 +143,10 @@ def replicated(folder: Path) -> Iterator[Replicated]:
 @contextmanager
 def slotted(folder: Path, count: int = 3) -> Iterator[list[Node]]:
     """Start a cluster of `count` nodes, each with its share of the slots."""
-    lines = f'requirepass {PASSWORD}\nmasterauth {PASSWORD}\nsave ""\ncluster-enabled yes\ncluster-node-timeout 2000\nappendonly yes\n'
+    lines = (
+        f'requirepass {PASSWORD}\nmasterauth {PASSWORD}\nsave ""\nappendonly yes\n'
+        "cluster-enabled yes\ncluster-node-timeout 2000\n"
+    )
     with ExitStack() as stack:
         nodes = []
         for number in range(count):

@@ -58,6 +58,11 @@ def publish(client, first: int, count: int, products=PRODUCTS) -> None:
             publisher.publish(new_frame(seq, product))
 
 
+def state(node: Node) -> str:
+    with node.client() as client:
+        return client.execute_command("CLUSTER INFO")["cluster_state"]
+
+
 def settlement(entry: Entry) -> Settlement:
     return Settlement(entry.product, entry.id, "cam-1", int(entry.fields[b"seq"]))
 
@@ -93,9 +98,10 @@ def test_a_busy_product_starves_no_other_and_waiting_is_not_busy(client, stream,
     while stream.read(64, 0):
         pass
     reads = []
-    monkeypatch.setattr(client, "xreadgroup", client.xreadgroup)
     inner = stream._server.xreadgroup
-    monkeypatch.setattr(stream._server, "xreadgroup", lambda *args, **options: reads.append(1) or inner(*args, **options))
+    monkeypatch.setattr(
+        stream._server, "xreadgroup", lambda *args, **options: reads.append(1) or inner(*args, **options)
+    )
     started, cpu = time.monotonic(), time.process_time()
     assert stream.read(8, 300) == []
     assert time.monotonic() - started >= 0.3
@@ -145,7 +151,9 @@ def test_a_client_of_one_server_is_told_what_it_found(cluster, server, valkey):
     with pytest.raises(ServerError, match="refuses the user or password") as caught:
         connect(f"redis+cluster://:guess@127.0.0.1:{cluster[0].port}")
     assert "guess" not in str(caught.value)
-    with pytest.raises(ServerError, match=r"a node of the cluster at redis\+cluster://127\.0\.0\.1:\d+ does not answer"):
+    with pytest.raises(
+        ServerError, match=r"a node of the cluster at redis\+cluster://127\.0\.0\.1:\d+ does not answer"
+    ):
         connect(f"redis+cluster://127.0.0.1:{free_port()}")
 
 
@@ -161,7 +169,8 @@ def test_a_node_that_dies_takes_nobody_along_and_is_found_again(tmp_path):
             victim.kill()
             with pytest.raises(StreamUnavailable):
                 stream.settle([settlement(entry) for entry in entries])
-            until(lambda: _is_down(nodes, victim), "the others notice")
+            others = [node for node in nodes if node is not victim]
+            until(lambda: {state(node) for node in others} == {"fail"}, "the others notice")
             with pytest.raises(ServerError, match=r"the cluster at .* is down: "):
                 connect(url_of(nodes))
             with pytest.raises(StreamUnavailable):
@@ -170,7 +179,7 @@ def test_a_node_that_dies_takes_nobody_along_and_is_found_again(tmp_path):
                 stream.read(8, 1)
             again = launch_again(victim)
             try:
-                until(lambda: not _is_down(nodes, victim), "the cluster is whole")
+                until(lambda: {state(node) for node in nodes} == {"ok"}, "the cluster is whole")
                 stream.settle([settlement(entry) for entry in entries])
                 publish(client, 3, 1)
                 rest: list[Entry] = []
@@ -180,9 +189,3 @@ def test_a_node_that_dies_takes_nobody_along_and_is_found_again(tmp_path):
                 assert all(ledger.balanced for ledger in ledgers.values())
             finally:
                 again.stop()
-
-
-def _is_down(nodes: list[Node], victim: Node) -> bool:
-    alive = next(node for node in nodes if node is not victim)
-    with alive.client() as client:
-        return client.execute_command("CLUSTER INFO")["cluster_state"] == "fail"
