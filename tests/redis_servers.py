@@ -144,7 +144,7 @@ def replicated(folder: Path) -> Iterator[Replicated]:
 def slotted(folder: Path, count: int = 3) -> Iterator[list[Node]]:
     """Start a cluster of `count` nodes, each with its share of the slots."""
     lines = (
-        f'requirepass {PASSWORD}\nmasterauth {PASSWORD}\nsave ""\nappendonly yes\n'
+        f'requirepass {PASSWORD}\nmasterauth {PASSWORD}\nsave ""\nappendonly yes\nappendfsync always\n'
         "cluster-enabled yes\ncluster-node-timeout 2000\n"
     )
     with ExitStack() as stack:
