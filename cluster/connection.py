@@ -86,7 +86,10 @@ def _explain(error: Exception, address: ServerAddress, timeout_s: float) -> str:
     cases = (
         (certificate is not None, _explain_tls(certificate, server)),
         (isinstance(error, MasterNotFoundError), _explain_no_master(text, address)),
-        (isinstance(error, redis.TimeoutError), f"{server} is silent for {timeout_s:g} s: check the address"),
+        (
+            isinstance(error, redis.TimeoutError),
+            f"{server} is silent for {timeout_s:g} s: check the address" + (", and that it speaks TLS" * address.tls),
+        ),
         ("without any password configured" in text, f"{server} has no password: remove it from redis.url"),
         (refused, f"{server} refuses the user or password of redis.url: correct them"),
         (
@@ -116,6 +119,10 @@ def _explain(error: Exception, address: ServerAddress, timeout_s: float) -> str:
         (
             any(isinstance(each, ConnectionRefusedError | FileNotFoundError) for each in causes),
             f"nothing listens at {shown}: start that server or correct redis.url",
+        ),
+        (
+            "onnection closed" in text or "reset by peer" in text,
+            f"{server} closes the connection: if it speaks TLS, let redis.url begin with rediss://",
         ),
         (isinstance(error, RedisClusterException), f"no node of the cluster at {shown} can be used: {text}"),
     )
