@@ -46,6 +46,13 @@ class ResultFormat(StrEnum):
     IDS = "ids"
 
 
+class AclFormat(StrEnum):
+    """Forms of `proctor redis-acl`."""
+
+    COMMANDS = "commands"
+    FILE = "file"
+
+
 @dataclass
 class _Common:
     """Options before the command."""
@@ -476,6 +483,27 @@ def doctor(as_json: Json = False) -> None:
         out.print(findings_table(findings))
     if any(finding.state == "wrong" for finding in findings):
         raise typer.Exit(1)
+
+
+@app.command("redis-acl")
+def redis_acl(
+    product: Annotated[list[str] | None, typer.Option("--product", "-p", help="Only these; else all.")] = None,
+    form: Annotated[AclFormat, typer.Option("--format", help="ACL SETUSER commands, or lines of an aclfile.")] = (
+        AclFormat.COMMANDS
+    ),
+    password_stdin: Annotated[
+        bool, typer.Option("--password-stdin", help="Passwords of producer, inspector, console from standard input.")
+    ] = False,
+) -> None:
+    """Users of Redis for cameras, workers and people, each with the rights that it needs and no more."""
+    from cluster.acl import ROLES, acl_lines, new_passwords
+
+    passwords = sys.stdin.read().splitlines() if password_stdin else new_passwords()
+    lines = acl_lines(product or [], passwords, form is AclFormat.FILE)
+    sys.stdout.write("".join(f"{line}\n" for line in lines))
+    if not password_stdin:
+        for role, password in zip(ROLES, passwords, strict=True):
+            sys.stderr.write(f"{role.user}: password {password}\n")
 
 
 def _user() -> str:
