@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 from conftest import new_frame
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 from redis_servers import free_port
 
 from cluster.connection import connect
@@ -20,14 +23,9 @@ from workers.places import Places
 from workers.redis_stream import RedisStream
 from workers.settings import WorkerSettings
 
-x509 = pytest.importorskip("cryptography.x509")
-
 
 def make_certificate(folder: Path) -> tuple[Path, Path]:
     """A certificate for 127.0.0.1 that is its own authority, and its key."""
-    from cryptography.hazmat.primitives import hashes, serialization
-    from cryptography.hazmat.primitives.asymmetric import ec
-
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "line")])
     now = datetime.datetime.now(datetime.UTC)
