@@ -44,6 +44,9 @@ redis.call('HSET', KEYS[1], camera .. ':last_seq', seq, camera .. ':last_capture
 """
 
 
+_ANNOUNCE_EVERY_S = 60.0
+
+
 class Published(Enum):
     """What became of a frame."""
 
@@ -65,7 +68,7 @@ class Publisher:
         self._server, self._settings = server, settings
         self._publish = server.register_script(_PUBLISH)
         self._shed = server.register_script(_SHED)
-        self._announced: set[str] = set()
+        self._announced: dict[str, float] = {}
 
     def last_seq(self, product: str, camera: str) -> int:
         """The camera's last used sequence number in the ledger, 0 if it has none."""
@@ -132,10 +135,13 @@ class Publisher:
                 pause_s = min(pause_s * 2, 1.0)
 
     def _announce(self, product: str) -> None:
-        """Make the product known to readers; frames of an unknown one would wait for ever."""
-        if product not in self._announced:
+        """Make the product known to readers; frames of an unknown one would wait for ever. Once a minute again: in
+        a cluster the node that knows the products may have failed over without the last ones.
+        """
+        now = time.monotonic()
+        if now - self._announced.get(product, float("-inf")) >= _ANNOUNCE_EVERY_S:
             self._server.sadd(keys.PRODUCTS, product)
-            self._announced.add(product)
+            self._announced[product] = now
 
     def _add(self, frame: Frame) -> bytes:
         fields = frame.to_fields()
@@ -151,7 +157,7 @@ class Publisher:
         if reply != b"first":
             return reply
         # a new camera, or a server that came back without its data and with it forgot the product
-        self._announced.discard(product)
+        self._announced.pop(product, None)
         self._announce(product)
         return b"added"
 

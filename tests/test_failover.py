@@ -1,16 +1,21 @@
 """A master that dies, is demoted or still loads, with real servers: cameras and workers go on by themselves."""
 
+import io
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import redis
 from conftest import new_frame
 from redis_servers import PASSWORD, SERVICE, Node, answers, free_port, launch, replicated, until
+from rich.console import Console
 
 from cluster.connection import connect
 from cluster.errors import ServerError
+from cluster.status import show_live
+from cluster.training import wait_for
 from producers import keys
 from producers.publisher import Published, Publisher
 from producers.settings import PublisherSettings
@@ -168,3 +173,39 @@ def test_a_server_that_still_reads_its_data_is_waited_for(tmp_path, nodes):
         assert client.dbsize() >= 100
         assert client.xlen(keys.frames("bolt")) == 1
     camera.close()
+
+
+def test_commands_that_watch_outlast_a_server_that_is_away(mortal):
+    job = Jobs(mortal.client()).submit(Job(product="bolt"))
+    jobs = Jobs(mortal.client())
+    output = io.StringIO()
+    with connect(mortal.url) as watched, ThreadPoolExecutor(2) as pool:
+        waits = iter(range(1000))
+
+        def wait(_: float) -> bool:
+            number = next(waits)
+            if number == 1:
+                mortal.kill()
+            if number == 2:
+                mortal.start()
+            return number == 3
+
+        console = Console(file=output, force_terminal=True, width=160)
+        following = pool.submit(wait_for, jobs, job, Console(file=io.StringIO()))
+        show_live(watched, console, wait)
+        Jobs(watched).update(job.model_copy(update={"state": "succeeded"}))
+        assert following.result(timeout=30).state == "succeeded"
+    assert "as it was before: Redis did not answer" in output.getvalue()
+
+
+def test_a_product_is_announced_again_after_a_minute(server, monkeypatch):
+    clock = SimpleNamespace(now_s=0.0)
+    monkeypatch.setattr("producers.publisher.time", SimpleNamespace(monotonic=lambda: clock.now_s))
+    publisher = Publisher(server, PATIENT)
+    publisher.publish(new_frame(1))
+    server.delete(keys.PRODUCTS)  # as a node that failed over without them
+    publisher.publish(new_frame(2))
+    assert server.smembers(keys.PRODUCTS) == set()
+    clock.now_s = 60.0
+    publisher.publish(new_frame(3))
+    assert server.smembers(keys.PRODUCTS) == {b"bolt"}
