@@ -18,12 +18,16 @@ from redis.exceptions import (
 REDIS_ERRORS = (RedisError, RedisClusterException)  # a cluster's client has errors outside redis-py's own tree
 _PASSING = (ConnectionError, TimeoutError, OutOfMemoryError, ReadOnlyError, ClusterDownError, TryAgainError)
 # a full disk; too few replicas; a replica without its master; a call that a demotion broke off
+_NO_CLUSTER = "Cluster mode is not enabled"  # redis-py's words
 _PASSING_CODES = ("MISCONF", "NOREPLICAS", "MASTERDOWN", "UNBLOCKED")
 
 
 def may_pass(error: Exception) -> bool:
     """Whether waiting may help: a server that is away, starting, failing over, out of memory or on a full disk."""
-    if isinstance(error, AuthenticationError):
+    cause = error.__cause__
+    if isinstance(error, RedisClusterException) and isinstance(cause, REDIS_ERRORS):  # none of the nodes would do
+        return may_pass(cause)
+    if isinstance(error, AuthenticationError) or _NO_CLUSTER in str(error):
         return False
     if isinstance(error, (*_PASSING, RedisClusterException)):
         return True

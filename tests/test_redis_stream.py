@@ -266,6 +266,27 @@ def test_two_consumers_do_not_take_over_the_same(server, stream, other):
     assert len(stream.recover([], 100)) + len(other.recover([], 100)) == 1
 
 
+def test_what_was_taken_over_before_something_failed_is_not_lost(server, stream, monkeypatch):
+    publish(server, new_frame(1), new_frame(1, product="nut"))
+    RedisStream(server, "dead", SETTINGS).read(8, 1)
+    make_idle(server)
+    make_idle(server, "nut")
+    pending_range = server.xpending_range
+
+    def failing(key: str, *args: object, **options: object) -> object:
+        if key == keys.frames("nut"):
+            raise redis.ConnectionError("its node is away")
+        return pending_range(key, *args, **options)
+
+    monkeypatch.setattr(server, "xpending_range", failing)
+    taken = stream.recover([], 100)
+    assert [entry.product for entry in taken] == ["bolt"]
+    with pytest.raises(StreamUnavailable, match="its node is away"):
+        stream.recover(taken, 100)
+    monkeypatch.undo()
+    assert [entry.product for entry in stream.recover(taken, 100)] == ["nut"]
+
+
 def test_an_entry_that_kills_its_readers_is_dead_lettered(server, stream):
     publish(server, new_frame(1), new_frame(2))
     poison, harmless = stream.read(8, 1)

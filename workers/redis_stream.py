@@ -146,36 +146,56 @@ class RedisStream:
         if now - self._products_read_at < 1.0:
             return self._products
         names: Any = self._server.smembers(keys.PRODUCTS)
-        products = tuple(sorted(name.decode(errors="replace") for name in names))
-        for product in set(products) - set(self._products):
-            try:
-                self._server.xgroup_create(keys.frames(product), keys.GROUP, id="0", mkstream=True)
-            except ResponseError as error:
-                if "BUSYGROUP" not in str(error):
+        products = sorted(name.decode(errors="replace") for name in names)
+        joined = (product for product in products if product in self._products or self._joins(product))
+        self._products, self._products_read_at = tuple(joined), now
+        return self._products
+
+    def _joins(self, product: str) -> bool:
+        """Make the product's group if there is none; in a cluster, one whose node is away is joined later."""
+        try:
+            self._server.xgroup_create(keys.frames(product), keys.GROUP, id="0", mkstream=True)
+        except REDIS_ERRORS as error:
+            if "BUSYGROUP" not in str(error):
+                if self._slotwise is None:
                     raise
-        self._products, self._products_read_at = products, now
-        return products
+                return False
+        return True
 
     @_translated
     def recover(self, held: Sequence[Entry], count: int) -> list[Entry]:
-        """See FrameStream. An entry delivered too often is dead-lettered instead of being taken over."""
-        self._refresh(held)
-        self._idle_consumers.remove(self._products)
+        """See FrameStream. An entry delivered too often is dead-lettered instead of being taken over.
+
+        What was taken over is returned even if something fails after it: else it would count as delivered in vain.
+        """
         taken: list[Entry] = []
-        for product in self._known_products():
+
+        def claim(product: str) -> None:
             if len(taken) < count:
                 with self._group_may_be_gone():
-                    taken += self._claim(product, count - len(taken))
+                    taken.extend(self._claim(product, count - len(taken)))
+
+        try:
+            self._refresh(held)
+            for_each(self._known_products(), claim)
+            self._idle_consumers.remove(self._products)
+        except (StreamUnavailable, *REDIS_ERRORS):
+            if not taken:
+                raise
         return taken
 
     def _refresh(self, held: Sequence[Entry]) -> None:
         by_product: dict[str, list[bytes]] = {}
         for entry in held:
             by_product.setdefault(entry.product, []).append(entry.id)
-        for product, ids in by_product.items():
+
+        def refresh(product: str) -> None:
+            ids: Any = by_product[product]
             with self._group_may_be_gone():
                 # JUSTID: idle time starts anew, the delivery count stays
-                self._server.xclaim(keys.frames(product), keys.GROUP, self._consumer, 0, ids, justid=True)  # type: ignore[arg-type]
+                self._server.xclaim(keys.frames(product), keys.GROUP, self._consumer, 0, ids, justid=True)
+
+        for_each(by_product, refresh)
 
     def _claim(self, product: str, count: int) -> list[Entry]:
         key, idle = keys.frames(product), self._settings.claim_idle_ms
