@@ -111,6 +111,16 @@ class Replicated:
         return f"redis+sentinel://:{PASSWORD}@127.0.0.1:{free_port()},127.0.0.1:{self.sentinel.port}/{SERVICE}"
 
 
+def _has_replica(master: Node) -> bool:
+    with master.client() as client:
+        return client.info("replication").get("slave0", {}).get("state") == "online"
+
+
+def _knows_replica(sentinel: Node) -> bool:
+    with sentinel.client() as client:
+        return client.sentinel_master(SERVICE)["num-slaves"] == 1
+
+
 @contextmanager
 def replicated(folder: Path) -> Iterator[Replicated]:
     """Start them; the replica is in step when the block begins."""
@@ -121,7 +131,8 @@ def replicated(folder: Path) -> Iterator[Replicated]:
         stack.callback(master.stop)
         replica = launch(folder / "b", ports[1], f"{common}replicaof 127.0.0.1 {master.port}\n")
         stack.callback(replica.stop)
-        until(lambda: answers(master) and answers(replica), "both servers answer")
+        until(lambda: _has_replica(master), "the replica is in step")
+        # only now: a sentinel asks a master for its replicas once in ten seconds
         watch = (
             f"sentinel monitor {SERVICE} 127.0.0.1 {master.port} 1\n"
             f"sentinel auth-pass {SERVICE} {PASSWORD}\n"
@@ -130,13 +141,7 @@ def replicated(folder: Path) -> Iterator[Replicated]:
         )
         sentinel = launch(folder / "s", ports[2], watch, "--sentinel", password="")
         stack.callback(sentinel.stop)
-
-        def ready() -> bool:
-            with master.client() as client, sentinel.client() as asked:
-                linked = client.info("replication").get("slave0", {}).get("state") == "online"
-                return linked and asked.sentinel_master(SERVICE)["num-slaves"] == 1
-
-        until(ready, "the replica is in step and the sentinel knows it")
+        until(lambda: _knows_replica(sentinel), "the sentinel knows the replica")
         yield Replicated(master, replica, sentinel)
 
 
