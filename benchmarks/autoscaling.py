@@ -36,8 +36,8 @@ from producers.sequence import Sequence
 from workers.backlog import read_backlog
 from workers.ledger import read_ledger
 from workers.pointers import Pointers
+from workers.reading import read_results
 from workers.reports import read_replicas
-from workers.results import read_results
 
 _PRODUCT, _INPUT_SIZE = "flood", 512
 _LOOK_S, _PATIENCE_S = 0.1, 300.0

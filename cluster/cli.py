@@ -4,7 +4,7 @@ import json
 import os
 import sys
 import threading
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,6 +23,10 @@ app = typer.Typer(
 )
 models_app = typer.Typer(help="Versions of a product's student.", no_args_is_help=True)
 app.add_typer(models_app, name="models")
+dead_app = typer.Typer(
+    help="Dead letters: entries that could not be read, or were delivered too often.", no_args_is_help=True
+)
+app.add_typer(dead_app, name="dead")
 
 _PIPE_WIDTH = 160  # what goes into a file or a pipe is not cut to a terminal's width
 out = Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH)
@@ -48,6 +52,13 @@ class LedgerFormat(StrEnum):
     TABLE = "table"
     JSON = "json"
     CSV = "csv"
+
+
+class AclFormat(StrEnum):
+    """Forms of `proctor redis-acl`."""
+
+    COMMANDS = "commands"
+    FILE = "file"
 
 
 @dataclass
@@ -364,6 +375,67 @@ def models_export(
     out.print(f"{product} {version} exported to {to}")
 
 
+# --- dead letters
+
+OneProduct = Annotated[str | None, typer.Option("--product", "-p", help="Only this product's.")]
+DeadIds = Annotated[list[str] | None, typer.Argument(help="Ids of entries, as `proctor dead list` shows them.")]
+DeadAll = Annotated[bool, typer.Option("--all", help="All that are there now.")]
+
+
+def _dead_letters() -> Any:
+    from cluster.connection import connect
+    from cluster.run_state import redis_url_of
+    from workers.dead_letters import DeadLetters
+
+    return DeadLetters(connect(redis_url_of(_common.load())))
+
+
+@dead_app.command("list")
+def dead_list(
+    product: OneProduct = None,
+    limit: Annotated[int, typer.Option(min=1, help="Only the newest N of each product.")] = 30,
+    as_json: Json = False,
+) -> None:
+    """What was given up, and why, newest first."""
+    from cluster.dead import list_dead
+
+    found = list_dead(_dead_letters(), product, limit)
+    if as_json:
+        _print_json(found.as_dict())
+        return
+    out.print(found.table() if found.letters else "no dead letters")
+    for line in found.lines():
+        out.print(line)
+
+
+@dead_app.command("retry")
+def dead_retry(
+    ids: DeadIds = None, product: OneProduct = None, everything: DeadAll = False, as_json: Json = False
+) -> None:
+    """Put entries back into their streams, to be judged after all."""
+    from cluster.dead import retry_dead
+
+    outcome = retry_dead(_dead_letters(), product, ids or [], everything)
+    if as_json:
+        _print_json(asdict(outcome))
+    else:
+        out.print(outcome.line("put back"))
+
+
+@dead_app.command("drop")
+def dead_drop(
+    ids: DeadIds = None, product: OneProduct = None, everything: DeadAll = False, as_json: Json = False
+) -> None:
+    """Delete entries for good; the ledger goes on to count them as dead."""
+    from cluster.dead import drop_dead
+
+    outcome = drop_dead(_dead_letters(), product, ids or [], everything)
+    if as_json:
+        _print_json(asdict(outcome))
+    else:
+        out.print(outcome.line("dropped"))
+
+
 # --- results
 
 
@@ -479,6 +551,30 @@ def doctor(as_json: Json = False) -> None:
         out.print(findings_table(findings))
     if any(finding.state == "wrong" for finding in findings):
         raise typer.Exit(1)
+
+
+@app.command("redis-acl")
+def redis_acl(
+    product: Annotated[list[str] | None, typer.Option("--product", "-p", help="Only these; else all.")] = None,
+    form: Annotated[AclFormat, typer.Option("--format", help="ACL SETUSER commands, or lines of an aclfile.")] = (
+        AclFormat.COMMANDS
+    ),
+    password_stdin: Annotated[
+        bool, typer.Option("--password-stdin", help="Passwords of producer, inspector, console from standard input.")
+    ] = False,
+    drop_oldest: Annotated[
+        bool, typer.Option("--drop-oldest", help="Cameras may delete frames, as the policy drop_oldest does.")
+    ] = False,
+) -> None:
+    """Users of Redis for cameras, workers and people, each with the rights that it needs and no more."""
+    from cluster.acl import ROLES, acl_lines, new_passwords
+
+    passwords = sys.stdin.read().splitlines() if password_stdin else new_passwords()
+    lines = acl_lines(product or [], passwords, form is AclFormat.FILE, drop_oldest)
+    sys.stdout.write("".join(f"{line}\n" for line in lines))
+    if not password_stdin:
+        for role, password in zip(ROLES, passwords, strict=True):
+            sys.stderr.write(f"{role.user}: password {password}\n")
 
 
 def _user() -> str:

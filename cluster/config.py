@@ -25,6 +25,7 @@ from pydantic_settings import (
 from cluster.errors import ConfigError
 from cluster.serve_settings import ServeSettings
 from models.settings import TrainingSettings
+from producers.server_address import SCHEMES
 from producers.settings import Policy, PublisherSettings
 from workers.settings import ResultsSettings, WorkerSettings
 
@@ -51,7 +52,7 @@ class _Section(BaseModel):
 class RedisSettings(_Section):
     """Where the streams are; without a `url` an embedded server on loopback is started."""
 
-    url: str = Field(default="", description="redis://, rediss:// or unix://; empty: embedded server")
+    url: str = Field(default="", description="see producers.server_address; empty: embedded server")
     port: int = Field(default=0, ge=0, le=65535, description="of the embedded server; 0: a free one")
     maxmemory_mb: int = Field(
         default=0, ge=0, description="memory of the embedded server; 0: a quarter of the machine's, at least 256"
@@ -60,8 +61,9 @@ class RedisSettings(_Section):
     @field_validator("url")
     @classmethod
     def _known_scheme(cls, url: str) -> str:
-        if url and not url.startswith(("redis://", "rediss://", "unix://")):
-            raise ValueError("should begin with redis://, rediss:// or unix:// (empty: embedded server)")
+        scheme = url.partition("://")[0]
+        if url and ("://" not in url or scheme not in SCHEMES):
+            raise ValueError(f"should begin with {'://, '.join(SCHEMES)}:// (empty: embedded server)")
         return url
 
 

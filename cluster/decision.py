@@ -5,8 +5,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import redis
-from redis.exceptions import RedisError
 
+from producers.redis_errors import REDIS_ERRORS, trouble
 from workers.errors import StreamUnavailable
 
 _KEY = "proctor:autoscaling"
@@ -49,8 +49,8 @@ def write_decision(server: redis.Redis, decision: Decision) -> None:
     """
     try:
         server.set(_KEY, json.dumps(decision.as_dict()), ex=_KEPT_S)
-    except RedisError as error:
-        raise StreamUnavailable(f"Redis did not answer: {error}") from error
+    except REDIS_ERRORS as error:
+        raise StreamUnavailable(trouble(error)) from error
 
 
 def read_decision(server: redis.Redis) -> Decision | None:
@@ -61,6 +61,6 @@ def read_decision(server: redis.Redis) -> Decision | None:
     """
     try:
         record: Any = server.get(_KEY)
-    except RedisError as error:
-        raise StreamUnavailable(f"Redis did not answer: {error}") from error
+    except REDIS_ERRORS as error:
+        raise StreamUnavailable(trouble(error)) from error
     return None if record is None else Decision(**json.loads(record))

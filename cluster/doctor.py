@@ -104,7 +104,7 @@ def _server(config: ProctorConfig) -> Iterator[Finding]:
         yield Finding("server", "ok", f"embedded: {find_binary()}")
         return
     client = connect(config.redis.url)
-    yield Finding("server", "ok", shown_url(client))
+    yield Finding("server", "ok", shown_url(config.redis.url))
     client.close()
 
 

@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 import redis
-from redis.exceptions import RedisError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
@@ -17,6 +16,7 @@ from producers import keys
 from producers.camera import Camera
 from producers.frame import Frame
 from producers.publisher import Published, Publisher
+from producers.redis_errors import REDIS_ERRORS
 from producers.sequence import Sequence
 from producers.spooling import SpoolCounts
 
@@ -145,7 +145,7 @@ def _say_without_version(product: str, server: redis.Redis, say: Callable[[str],
     try:
         if not server.exists(keys.model(product)):
             say(f"{product} has no version in service: its frames get the verdict `unknown`")
-    except RedisError:
+    except REDIS_ERRORS:
         pass  # away; the publisher says so
 
 

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cluster.decision import Decision, read_decision
+from workers.errors import StreamUnavailable
 from workers.jobs import FINISHED, Job, Jobs
 from workers.ledger import CameraLedger, ProductLedger, read_ledger
 from workers.reports import read_compactor, read_replicas
@@ -152,7 +153,12 @@ def _compactor_line(compactor: dict[str, Any] | None) -> Text:
 
 
 def show_live(server: redis.Redis, console: Console, wait: Any) -> None:
-    """Refresh on the terminal until `wait(seconds)` returns true."""
-    with Live(render(Status.read(server)), console=console, auto_refresh=False, screen=False) as live:
+    """Refresh on the terminal until `wait(seconds)` returns true; a server that is away is waited for, and named."""
+    shown = render(Status.read(server))
+    with Live(shown, console=console, auto_refresh=False, screen=False) as live:
         while not wait(_REFRESH_S):
-            live.update(render(Status.read(server)), refresh=True)
+            try:
+                shown = render(Status.read(server))
+                live.update(shown, refresh=True)
+            except StreamUnavailable as error:
+                live.update(Group(shown, Text(f"as it was before: {error}", style="red")), refresh=True)

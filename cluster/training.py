@@ -13,10 +13,12 @@ from cluster.config import ProctorConfig
 from cluster.errors import ConfigError, ProctorError
 from producers.errors import FrameError
 from producers.frame import check_product
+from workers.errors import StreamUnavailable
 from workers.jobs import FINISHED, Job, Jobs
 from workers.reports import read_replicas
 
 _LOOK_EVERY_S = 0.2
+_PATIENCE_S = 60.0
 
 
 def new_job(config: ProctorConfig, product: str, images: list[Path], overrides: dict[str, Any]) -> Job:
@@ -48,9 +50,15 @@ def _follow(jobs: Jobs, job: Job, console: Console) -> Job:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[loss]}"))
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(f"training {job.product}", total=None, loss="")
+        seen_at = time.monotonic()
         while job.state not in FINISHED:
             time.sleep(_LOOK_EVERY_S)
-            job = jobs.get(job.id)
+            try:
+                job, seen_at = jobs.get(job.id), time.monotonic()
+            except StreamUnavailable:  # the trainer goes on; a fail-over takes some seconds
+                if time.monotonic() - seen_at > _PATIENCE_S:
+                    raise
+                continue
             loss = "" if job.loss is None else f"loss {job.loss:.4f}"
             progress.update(task, total=job.steps or None, completed=job.step, loss=loss)
     return job

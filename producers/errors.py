@@ -21,6 +21,10 @@ class UnreadableImage(ProducerError):
     """A frame is attributed, but its image cannot be decoded; its verdict is `unknown`."""
 
 
+class AddressError(ProducerError):
+    """An address of Redis is none: the message says what is wrong with it and shows no password."""
+
+
 class ServerUnavailable(ProducerError):
     """Redis does not answer or refuses; the message says for how long and what was not published."""
 

@@ -11,6 +11,7 @@ Wire form (fields of an entry in `frames:{product}`, version 1):
 """
 
 import io
+import math
 import re
 import warnings
 from collections.abc import Mapping
@@ -27,9 +28,14 @@ VERSION = 1
 MAX_PIXELS = 64_000_000
 LARGEST_PIXELS = 178_000_000  # no decoder takes more
 CODECS = ("jpeg", "png", "raw")
+_JPEG = b"\xff\xd8"
 _PRODUCT = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 _CAMERA = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
 _MAX_INT64 = 2**63 - 1
+_MAX_NAME = 63
+_MAX_SHAPE = 32  # characters of a declared shape
+# Each scan of a progressive JPEG costs a pass over all pixels: real ones have about ten, a thumbnail a few more.
+_MAX_SCANS = 200
 
 
 def check_product(name: str) -> str:
@@ -114,6 +120,8 @@ class Picture:
         _check_pixels(height, width, max_pixels)
         if (height, width) != self.shape[:2] or self.shape[2] not in (1, 3):
             raise UnreadableImage(f"declared as shape {_listed(self.shape)}, its data holds {height},{width},3")
+        if self.data.startswith(_JPEG):
+            _check_jpeg(self.data, height, width)
         image = _decode_pixels(self.data)
         if image is None or image.shape != (height, width, 3):
             raise UnreadableImage(f"corrupt {self.codec} data ({len(self.data)} bytes)")
@@ -131,15 +139,15 @@ class Picture:
 
 
 def header_size(data: bytes) -> tuple[int, int]:
-    """(height, width) from an encoded image's header, without decoding it.
+    """(height, width) from the header of a JPEG or PNG, without decoding it.
 
     Raises:
-        UnreadableImage: the header is not an image's.
+        UnreadableImage: the header is not that of a JPEG or PNG.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(data)) as image:
+            with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as image:
                 return image.height, image.width
     except Image.DecompressionBombError:
         raise UnreadableImage("the image has more than 178 megapixels") from None
@@ -149,12 +157,21 @@ def header_size(data: bytes) -> tuple[int, int]:
 
 def _decode_pixels(data: bytes) -> np.ndarray | None:
     """Decode to RGB, None for corrupt data. A truncated JPEG is corrupt: half a picture must not pass."""
-    if data.startswith(b"\xff\xd8") and _is_cut_off(data):
+    if data.startswith(_JPEG) and _is_cut_off(data):
         return None
     try:
         return cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
     except cv2.error:
         return None
+
+
+def _check_jpeg(jpeg: bytes, height: int, width: int) -> None:
+    """Refuse what costs far more than its bytes: the coding takes a bit at least for each 8 x 8 pixels of an image."""
+    if len(jpeg) < math.ceil(height / 8) * math.ceil(width / 8) / 8:
+        raise UnreadableImage(f"{width}x{height} pixels are declared, more than {len(jpeg)} bytes can hold")
+    scans = jpeg.count(b"\xff\xda")
+    if scans > _MAX_SCANS:
+        raise UnreadableImage(f"the jpeg has {scans} scans, more than the {_MAX_SCANS} allowed")
 
 
 def _is_cut_off(jpeg: bytes) -> bool:
@@ -245,7 +262,7 @@ def _shown(value: bytes | None) -> str:
 def _text(fields: Mapping[bytes, bytes], name: bytes) -> str:
     value = fields.get(name)
     try:
-        return (value or b"").decode("ascii")
+        return (value or b"")[: _MAX_NAME + 1].decode("ascii")
     except UnicodeDecodeError:
         raise MalformedEntry(f"field {name.decode()} is {_shown(value)}, not a name") from None
 
@@ -259,14 +276,14 @@ def _codec(fields: Mapping[bytes, bytes]) -> str:
 
 def _integer(fields: Mapping[bytes, bytes], name: bytes) -> int:
     value = fields.get(name)
-    if value is None or not value.isdigit() or len(value) > 19:
+    if value is None or len(value) > 19 or not value.isdigit():
         raise MalformedEntry(f"field {name.decode()} is {_shown(value)}, not a positive integer")
     return int(value)
 
 
 def _shape(fields: Mapping[bytes, bytes]) -> tuple[int, int, int]:
     declared = fields.get(b"shape")
-    parts = (declared or b"").split(b",")
+    parts = (declared or b"")[: _MAX_SHAPE + 1].split(b",")
     if len(parts) == 3 and all(part.isdigit() and len(part) <= 9 for part in parts):
         height, width, channels = (int(part) for part in parts)
         if channels in (1, 3) and 0 < height * width <= LARGEST_PIXELS:

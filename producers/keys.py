@@ -4,6 +4,7 @@ Contract of the keys:
     frames:{product}        stream of captured frames, one consumer group `inspectors`
     verdicts:{product}      stream of verdicts, bounded, newest kept: one for each frame that is judged or shed
     dead:{product}          stream of entries that were given up, with `reason`
+    dead_counts:{product}   hash `retried`, `dropped`, `trimmed` -> what became of entries of that stream
     ledger:{product}        hash `camera:what` -> count, where what is captured, judged, shed, dead, lost, or a part of
                             one of them: pass, fail, unknown, late, `shed.reason`; and of the camera's newest frame
                             `camera:last_seq`, `camera:last_captured_at_ns`, `camera:skew_ms`
@@ -36,6 +37,11 @@ def verdicts(product: str) -> str:
 def dead(product: str) -> str:
     """Dead-letter stream."""
     return f"dead:{{{product}}}"
+
+
+def dead_counts(product: str) -> str:
+    """Hash of what became of dead letters."""
+    return f"dead_counts:{{{product}}}"
 
 
 def ledger(product: str) -> str:

@@ -7,21 +7,17 @@ from collections.abc import Callable
 from enum import Enum
 
 import redis
-from redis.exceptions import (
-    AuthenticationError,
-    ConnectionError,
-    OutOfMemoryError,
-    RedisError,
-    ResponseError,
-    TimeoutError,
-)
+from redis.exceptions import AuthenticationError, BusyLoadingError, NoPermissionError, OutOfMemoryError
 
 from producers import keys
 from producers.errors import FrameError, ServerUnavailable
 from producers.frame import Frame, check_camera, check_product
 from producers.publishing import LOST, PUBLISH, SHED
+from producers.redis_errors import REDIS_ERRORS, is_refusal, may_pass, one_line, permission_line, trouble
 from producers.retention import Retention
 from producers.settings import PublisherSettings
+
+_ANNOUNCE_EVERY_S = 60.0
 
 
 class Published(Enum):
@@ -50,7 +46,7 @@ class Publisher:
 
     def __init__(self, server: redis.Redis, settings: PublisherSettings) -> None:
         self._settings = settings
-        self._announced: set[str] = set()
+        self._announced: dict[str, float] = {}
         self._firsts: dict[tuple[str, str], int] = {}
         self._retention = Retention(settings.retain_s, int(settings.retain_mb * 2**20))
         self._retention_lock = threading.Lock()
@@ -71,8 +67,8 @@ class Publisher:
         name = f"{check_camera(camera)}:last_seq"
         try:
             return int(self._server.hget(keys.ledger(check_product(product)), name) or 0)
-        except RedisError as error:
-            raise ServerUnavailable(f"Redis did not answer: {error}") from None
+        except REDIS_ERRORS as error:
+            raise ServerUnavailable(trouble(error)) from None
 
     def begin_run(self, product: str, camera: str, first: int) -> None:
         """Say that a camera's run began with number `first`, where that is not the first frame that comes here."""
@@ -176,16 +172,19 @@ class Publisher:
                 return step(frame)
             except AuthenticationError as error:
                 raise ServerUnavailable(f"Redis refuses the password: {error}") from None
-            except RedisError as error:
+            except REDIS_ERRORS as error:
                 if isinstance(error, OutOfMemoryError) and self._settings.policy != "block":
                     step = self._given_up_for_memory
                     continue
-                if not _may_pass(error):
-                    raise ServerUnavailable(f"Redis refuses frame {frame.frame_id}: {error}") from None
+                if not may_pass(error):
+                    why = permission_line(error) if isinstance(error, NoPermissionError) else one_line(error)
+                    raise ServerUnavailable(f"Redis refuses frame {frame.frame_id}: {why}") from None
+                if isinstance(error, BusyLoadingError):  # alive and reading its data, however long that takes
+                    give_up_at = time.monotonic() + self._settings.retry_s
                 self._raise_if_over(frame, error, give_up_at, stop.wait(pause_s))
                 pause_s = min(pause_s * 2, 1.0)
 
-    def _raise_if_over(self, frame: Frame, error: RedisError, give_up_at: float, stopped: bool) -> None:
+    def _raise_if_over(self, frame: Frame, error: Exception, give_up_at: float, stopped: bool) -> None:
         """Raise when the server has stayed away for too long, or the waiting was stopped."""
         if time.monotonic() <= give_up_at and not stopped:
             return
@@ -195,16 +194,19 @@ class Publisher:
                 f"frame {frame.frame_id} was not published: Redis cannot write to its disk; free some "
                 "space there, then push again"
             ) from None
-        did = "refused frames" if isinstance(error, ResponseError) else "did not answer"
+        did = "refused frames" if is_refusal(error) else "did not answer"
         raise ServerUnavailable(
-            f"Redis {did} for {waited_s:.1f} s, frame {frame.frame_id} was not published: {error}"
+            f"Redis {did} for {waited_s:.1f} s, frame {frame.frame_id} was not published: {one_line(error)}"
         ) from None
 
     def _announce(self, product: str) -> None:
-        """Make the product known to readers; frames of an unknown one would wait for ever."""
-        if product not in self._announced:
+        """Make the product known to readers; frames of an unknown one would wait for ever. Once a minute again: in
+        a cluster the node that knows the products may have failed over without the last ones.
+        """
+        now = time.monotonic()
+        if now - self._announced.get(product, float("-inf")) >= _ANNOUNCE_EVERY_S:
             self._server.sadd(keys.PRODUCTS, product)
-            self._announced.add(product)
+            self._announced[product] = now
 
     def _announce_if_possible(self, product: str) -> None:
         with contextlib.suppress(OutOfMemoryError):  # then the next frame that is added does it
@@ -242,7 +244,7 @@ class Publisher:
         if reply != "first":
             return reply
         # a new camera, or a server that came back without its data and with it forgot the product
-        self._announced.discard(product)
+        self._announced.pop(product, None)
         self._announce(product)
         return "added"
 
@@ -284,10 +286,3 @@ class Publisher:
             args=[camera, from_seq, last.seq, last.captured_at_ns, first],
         )
         return "lost"
-
-
-def _may_pass(error: RedisError) -> bool:
-    """Whether waiting may help: a server that is away, starting, out of memory or on a full disk (MISCONF)."""
-    if isinstance(error, ConnectionError | TimeoutError | OutOfMemoryError):
-        return True
-    return "MISCONF" in str(error)

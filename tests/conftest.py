@@ -26,6 +26,7 @@ from models.registry import Registry
 from models.settings import TrainingSettings
 from producers.frame import Frame, Picture
 from workers.places import Places
+from workers.stream import Entry, Settlement
 
 if TYPE_CHECKING:
     from workers.engine import Engine, Resident
@@ -53,6 +54,12 @@ def wire(frame: Frame) -> dict[bytes, bytes]:
         name.encode(): value if isinstance(value, bytes) else str(value).encode()
         for name, value in frame.to_fields().items()
     }
+
+
+def settlement(entry: Entry, verdict: str = "pass") -> Settlement:
+    """That an entry's row is durable, whatever the entry holds."""
+    camera, seq, at_ns, data = (entry.fields.get(name, b"") for name in (b"camera", b"seq", b"captured_at_ns", b"data"))
+    return Settlement(entry.product, entry.id, camera.decode(), int(seq), verdict, len(data), int(at_ns or 0))
 
 
 @pytest.fixture(scope="session")

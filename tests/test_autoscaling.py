@@ -37,7 +37,7 @@ from producers.settings import PublisherSettings
 from workers.backlog import read_backlog
 from workers.ledger import read_ledger
 from workers.pointers import Pointers
-from workers.results import read_results
+from workers.reading import read_results
 
 BACKLOG = 120
 CONFIG = """

@@ -80,9 +80,9 @@ def test_an_unknown_job_is_one_line(jobs):
 def test_a_job_without_readable_record_is_told_once_and_holds_up_nobody(server, jobs, record):
     broken, good = (jobs.submit(Job(product="bolt")) for _ in range(2))
     if record is None:
-        server.delete(f"job:{broken.id}")
+        server.delete(f"proctor:{{jobs}}:job:{broken.id}")
     else:
-        server.set(f"job:{broken.id}", record)
+        server.set(f"proctor:{{jobs}}:job:{broken.id}", record)
     with pytest.raises(JobError, match=broken.id):
         jobs.take(0.01)
     assert jobs.requeue_interrupted() == 0

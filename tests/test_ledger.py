@@ -5,7 +5,7 @@ import time
 from dataclasses import asdict
 
 import pytest
-from conftest import new_frame
+from conftest import new_frame, settlement
 
 from producers import keys
 from producers.frame import Frame
@@ -16,7 +16,7 @@ from workers.ledger import CameraLedger, ProductLedger, read_ledger
 from workers.redis_stream import RedisStream
 from workers.reports import read_replicas, remove_report, write_report
 from workers.settings import WorkerSettings
-from workers.stream import Entry, Settlement, VerdictMessage
+from workers.stream import Entry, VerdictMessage
 
 
 @pytest.fixture
@@ -36,14 +36,9 @@ def say(stream: RedisStream, entries: list[Entry], verdict: str, version: str) -
     )
 
 
-def settled(entry: Entry, frame: Frame) -> Settlement:
-    size = len(frame.picture.data)
-    return Settlement(frame.product, entry.id, frame.camera, frame.seq, "pass", size, frame.captured_at_ns)
-
-
 def settle(stream: RedisStream, entries: list[Entry]) -> None:
     frames = [Frame.from_fields(entry.product, entry.fields) for entry in entries]
-    stream.settle([settled(entry, frame) for entry, frame in zip(entries, frames, strict=True)])
+    stream.settle([settlement(entry) for entry in entries])
 
 
 def test_an_empty_server_has_an_empty_ledger(server):

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import redis
-from conftest import full, new_frame, wire
+from conftest import full, new_frame, settlement, wire
 
 from producers import keys
 from producers.frame import Frame
@@ -18,7 +18,7 @@ from workers.errors import StreamUnavailable
 from workers.ledger import CameraLedger, read_ledger
 from workers.redis_stream import RedisStream
 from workers.settings import WorkerSettings
-from workers.stream import Entry, Settlement, VerdictMessage
+from workers.stream import Entry, VerdictMessage
 
 SETTINGS = WorkerSettings(claim_idle_ms=600_000, max_deliveries=3)
 ONE_TRY = SETTINGS.model_copy(update={"max_deliveries": 1})
@@ -34,12 +34,6 @@ def account(server: redis.Redis, camera: str = "cam-1", product: str = "bolt") -
     ledger = next(each for each in read_ledger(server) if each.product == product)
     assert ledger.balanced
     return next((each for each in ledger.cameras if each.camera == camera), CameraLedger(product, camera))
-
-
-def settlement(entry: Entry) -> Settlement:
-    frame = Frame.from_fields(entry.product, entry.fields)
-    size = len(frame.picture.data)
-    return Settlement(entry.product, entry.id, frame.camera, frame.seq, "pass", size, frame.captured_at_ns)
 
 
 def verdict(seq: int) -> VerdictMessage:
@@ -265,6 +259,27 @@ def test_two_consumers_do_not_take_over_the_same(server, stream, other):
     RedisStream(server, "dead", SETTINGS).read(1, 1)
     make_idle(server)
     assert len(stream.recover([], 100)) + len(other.recover([], 100)) == 1
+
+
+def test_what_was_taken_over_before_something_failed_is_not_lost(server, stream, monkeypatch):
+    publish(server, new_frame(1), new_frame(1, product="nut"))
+    RedisStream(server, "dead", SETTINGS).read(8, 1)
+    make_idle(server)
+    make_idle(server, "nut")
+    pending_range = server.xpending_range
+
+    def failing(key: str, *args: object, **options: object) -> object:
+        if key == keys.frames("nut"):
+            raise redis.ConnectionError("its node is away")
+        return pending_range(key, *args, **options)
+
+    monkeypatch.setattr(server, "xpending_range", failing)
+    taken = stream.recover([], 100)
+    assert [entry.product for entry in taken] == ["bolt"]
+    with pytest.raises(StreamUnavailable, match="its node is away"):
+        stream.recover(taken, 100)
+    monkeypatch.undo()
+    assert [entry.product for entry in stream.recover(taken, 100)] == ["nut"]
 
 
 def test_an_entry_that_kills_its_readers_is_dead_lettered(server, stream):

@@ -238,7 +238,7 @@ def test_a_job_of_a_dead_trainer_is_taken_up_again(shop, images):
 
 def test_a_trainer_survives_a_job_it_cannot_read(shop, images, server):
     broken = shop.jobs.submit(Job(product="cell"))
-    server.set(f"job:{broken.id}", "{")
+    server.set(f"proctor:{{jobs}}:job:{broken.id}", "{")
     good = shop.jobs.submit(Job(product="cell", images=[str(images)]))
     with running(shop):
         assert await_state(shop, good, lambda job: job.state == "succeeded").version

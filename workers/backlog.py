@@ -5,10 +5,28 @@ from dataclasses import dataclass
 from typing import Any
 
 import redis
-from redis.exceptions import RedisError, ResponseError
 
 from producers import keys
+from producers.redis_errors import REDIS_ERRORS, trouble
 from workers.errors import StreamUnavailable
+
+# One step, since entries and counts belong together; only sums leave the server. KEYS frames, ledger, waiting.
+_BACKLOG = """
+local pending, settled = 0, 0
+if redis.call('EXISTS', KEYS[1]) == 1 then
+  for _, group in ipairs(redis.call('XINFO', 'GROUPS', KEYS[1])) do
+    local of = {}
+    for i = 1, #group, 2 do of[group[i]] = group[i + 1] end
+    if of.name == ARGV[1] then pending = of.pending end
+  end
+end
+local counts = redis.call('HGETALL', KEYS[2])
+for i = 1, #counts, 2 do
+  local what = string.match(counts[i], ':([%a_]+)$')
+  if what == 'judged' or what == 'dead' then settled = settled + tonumber(counts[i + 1]) end
+end
+return {redis.call('XLEN', KEYS[1]), pending, settled, redis.call('ZRANGE', KEYS[3], 0, 0, 'WITHSCORES')}
+"""
 
 
 @dataclass(frozen=True)
@@ -37,8 +55,8 @@ def read_backlog(server: redis.Redis) -> Backlog:
     try:
         products: Any = server.smembers(keys.PRODUCTS)
         parts = [_of_product(server, name.decode(errors="replace")) for name in sorted(products)]
-    except RedisError as error:
-        raise StreamUnavailable(f"Redis did not answer: {error}") from error
+    except REDIS_ERRORS as error:
+        raise StreamUnavailable(trouble(error)) from error
     ages = [part.oldest_s for part in parts if part.oldest_s is not None]
     return Backlog(
         lag=sum(part.lag for part in parts),
@@ -49,18 +67,8 @@ def read_backlog(server: redis.Redis) -> Backlog:
 
 
 def _of_product(server: redis.Redis, product: str) -> Backlog:
-    pipeline = server.pipeline(transaction=True)  # one step: entries and counts belong together
-    pipeline.xlen(keys.frames(product))
-    pipeline.hgetall(keys.ledger(product))
-    pipeline.zrange(keys.waiting(product), 0, 0, withscores=True)
-    pipeline.xinfo_groups(keys.frames(product))
-    lag, counts, waiting, groups = pipeline.execute(raise_on_error=False)
-    for reply in (lag, counts, waiting):
-        if isinstance(reply, RedisError):
-            raise reply
-    if isinstance(groups, ResponseError):  # no stream, so nothing waits
-        groups = []
-    pending = sum(group["pending"] for group in groups if group["name"] == keys.GROUP.encode())
-    settled = sum(int(count) for name, count in counts.items() if name.endswith((b":judged", b":dead")))
-    oldest_s = max(0.0, time.time() - waiting[0][1] / 1000) if waiting else None
+    of = (keys.frames, keys.ledger, keys.waiting)
+    reply: Any = server.register_script(_BACKLOG)(keys=[key(product) for key in of], args=[keys.GROUP])
+    lag, pending, settled, oldest = reply
+    oldest_s = max(0.0, time.time() - float(oldest[1]) / 1000) if oldest else None
     return Backlog(lag, max(0, lag - pending), settled, oldest_s)

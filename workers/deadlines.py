@@ -8,9 +8,9 @@ import threading
 from collections.abc import Iterable
 
 import redis
-from redis.exceptions import RedisError
 
 from producers import keys
+from producers.redis_errors import REDIS_ERRORS, trouble
 from workers.errors import StreamUnavailable
 from workers.settings import WorkerSettings
 from workers.settling import EXPIRE
@@ -54,8 +54,8 @@ class DeadlineWatch:
         try:
             products: Iterable[bytes] = self._server.smembers(keys.PRODUCTS)  # type: ignore[assignment]
             waits = [self._answer(product.decode(errors="replace")) for product in products]
-        except RedisError as error:
-            raise StreamUnavailable(f"Redis did not answer: {error}") from error
+        except REDIS_ERRORS as error:
+            raise StreamUnavailable(trouble(error)) from error
         return max(_SHORTEST_S, min(waits, default=self._longest_s))
 
     def _answer(self, product: str) -> float:

@@ -7,11 +7,12 @@ from typing import Any, Literal
 
 import redis
 from pydantic import BaseModel, Field, ValidationError
-from redis.exceptions import RedisError
 
+from producers.redis_errors import REDIS_ERRORS, trouble
 from workers.errors import JobError, StreamUnavailable
 
-_QUEUE, _RUNNING, _ALL = "jobs:queue", "jobs:running", "jobs:all"
+# one slot of a cluster: a job moves between them in one step
+_QUEUE, _RUNNING, _ALL = "proctor:{jobs}:queue", "proctor:{jobs}:running", "proctor:{jobs}:all"
 State = Literal["queued", "running", "succeeded", "failed"]
 FINISHED: tuple[State, ...] = ("succeeded", "failed")
 
@@ -66,12 +67,12 @@ class Jobs:
         """Queue a job."""
         try:
             pipeline = self._server.pipeline(transaction=True)
-            pipeline.set(f"job:{job.id}", job.model_dump_json())
+            pipeline.set(_record(job.id), job.model_dump_json())
             pipeline.zadd(_ALL, {job.id: time.time()})
             pipeline.lpush(_QUEUE, job.id)
             pipeline.execute()
-        except RedisError as error:
-            raise StreamUnavailable(f"Redis did not answer: {error}") from error
+        except REDIS_ERRORS as error:
+            raise StreamUnavailable(trouble(error)) from error
         return job
 
     def take(self, wait_s: float) -> Job | None:
@@ -89,19 +90,19 @@ class Jobs:
             except JobError:
                 self._server.lrem(_RUNNING, 0, taken)
                 raise
-        except RedisError as error:
-            raise StreamUnavailable(f"Redis did not answer: {error}") from error
+        except REDIS_ERRORS as error:
+            raise StreamUnavailable(trouble(error)) from error
 
     def update(self, job: Job) -> None:
         """Record a job's progress; a finished one leaves the running list."""
         try:
             pipeline = self._server.pipeline(transaction=True)
-            pipeline.set(f"job:{job.id}", job.model_dump_json())
+            pipeline.set(_record(job.id), job.model_dump_json())
             if job.state in FINISHED:
                 pipeline.lrem(_RUNNING, 0, job.id)
             pipeline.execute()
-        except RedisError as error:
-            raise StreamUnavailable(f"Redis did not answer: {error}") from error
+        except REDIS_ERRORS as error:
+            raise StreamUnavailable(trouble(error)) from error
 
     def requeue_interrupted(self) -> int:
         """Queue again what a dead trainer had taken; returns how many."""
@@ -109,8 +110,8 @@ class Jobs:
         try:
             while self._server.lmove(_RUNNING, _QUEUE, "LEFT", "RIGHT") is not None:
                 moved += 1
-        except RedisError as error:
-            raise StreamUnavailable(f"Redis did not answer: {error}") from error
+        except REDIS_ERRORS as error:
+            raise StreamUnavailable(trouble(error)) from error
         return moved
 
     def get(self, job_id: str) -> Job:
@@ -120,9 +121,9 @@ class Jobs:
             JobError: there is none, or its record is not readable.
         """
         try:
-            record: Any = self._server.get(f"job:{job_id}")
-        except RedisError as error:
-            raise StreamUnavailable(f"Redis did not answer: {error}") from error
+            record: Any = self._server.get(_record(job_id))
+        except REDIS_ERRORS as error:
+            raise StreamUnavailable(trouble(error)) from error
         if record is None:
             raise JobError(f"no job {job_id}; `proctor jobs` lists them")
         try:
@@ -134,6 +135,11 @@ class Jobs:
         """All jobs, newest first."""
         try:
             ids: Any = self._server.zrevrange(_ALL, 0, -1)
-        except RedisError as error:
-            raise StreamUnavailable(f"Redis did not answer: {error}") from error
+        except REDIS_ERRORS as error:
+            raise StreamUnavailable(trouble(error)) from error
         return [self.get(job_id.decode()) for job_id in ids]
+
+
+def _record(job_id: str) -> str:
+    """Key of a job's record."""
+    return f"proctor:{{jobs}}:job:{job_id}"

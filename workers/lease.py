@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pyarrow.fs as pafs
 import redis
-from redis.exceptions import RedisError
 
+from producers.redis_errors import REDIS_ERRORS, trouble
 from workers.errors import CompactorBusy, ResultsUnavailable, StreamUnavailable
 from workers.results import filesystem
 
@@ -80,8 +80,8 @@ def redis_lease(server: redis.Redis, held_ms: int = _HELD_MS, renew_s: float = _
     token = uuid.uuid4().hex
     try:
         taken = server.set(LEASE, token, nx=True, px=held_ms)
-    except RedisError as error:
-        raise StreamUnavailable(f"Redis did not answer: {error}") from error
+    except REDIS_ERRORS as error:
+        raise StreamUnavailable(trouble(error)) from error
     if not taken:
         raise CompactorBusy("another compactor works on these results: it does the same")
     ended, lost = threading.Event(), threading.Event()
@@ -92,7 +92,7 @@ def redis_lease(server: redis.Redis, held_ms: int = _HELD_MS, renew_s: float = _
                 if not server.eval(_RENEW, 1, LEASE, token, held_ms):
                     lost.set()
                     return
-            except RedisError:
+            except REDIS_ERRORS:
                 continue  # it may answer before the lease expires; if not, the next renewal says so
 
     thread = threading.Thread(target=renew, name="compactor-lease", daemon=True)
@@ -102,5 +102,5 @@ def redis_lease(server: redis.Redis, held_ms: int = _HELD_MS, renew_s: float = _
     finally:
         ended.set()
         thread.join()
-        with contextlib.suppress(RedisError):  # then it expires
+        with contextlib.suppress(*REDIS_ERRORS):  # then it expires
             server.eval(_RELEASE, 1, LEASE, token)

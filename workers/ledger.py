@@ -5,14 +5,18 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import redis
-from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import ResponseError
 
 from producers import keys
+from producers.redis_errors import REDIS_ERRORS, trouble
 from workers.errors import StreamUnavailable
 
 VERDICTS = ("pass", "fail", "unknown")
 SKEW_LIMIT_MS = 1000
 _RATE_WINDOW_S = 10.0
+
+# One step: counts and waiting set belong together. No MULTI, whose replies redis-py leaves raw in a cluster.
+_ACCOUNTS = "return {redis.call('HGETALL', KEYS[1]), redis.call('ZRANGE', KEYS[2], 0, -1, 'WITHSCORES')}"
 
 
 @dataclass(frozen=True)
@@ -104,20 +108,20 @@ def read_ledger(server: redis.Redis) -> list[ProductLedger]:
     try:
         products: Any = server.smembers(keys.PRODUCTS)
         return [_product(server, name.decode(errors="replace")) for name in sorted(products)]
-    except RedisError as error:
-        raise StreamUnavailable(f"Redis did not answer: {error}") from error
+    except REDIS_ERRORS as error:
+        raise StreamUnavailable(trouble(error)) from error
 
 
 def _product(server: redis.Redis, product: str) -> ProductLedger:
     now_ms = time.time() * 1000
-    pipeline = server.pipeline(transaction=True)  # one step: counts and waiting set belong together
-    pipeline.hgetall(keys.ledger(product))
-    pipeline.zrange(keys.waiting(product), 0, -1, withscores=True)
+    accounts: Any = server.register_script(_ACCOUNTS)(keys=[keys.ledger(product), keys.waiting(product)])
+    (counts, waiting) = (list(zip(flat[::2], flat[1::2], strict=True)) for flat in accounts)
+    pipeline = server.pipeline(transaction=False)
     pipeline.xrevrange(keys.verdicts(product), "+", f"{int(now_ms - _RATE_WINDOW_S * 1000)}")
     pipeline.hgetall(keys.latest(product))
-    counts, waiting, recent, latest = pipeline.execute()
+    recent, latest = pipeline.execute()
     fields: dict[str, dict[str, Any]] = {}
-    for name, count in counts.items():
+    for name, count in counts:
         camera, _, what = name.decode().rpartition(":")
         account = fields.setdefault(camera, {})
         if what in ("captured", "judged", "shed", "dead", "lost", "skew_ms"):
@@ -129,7 +133,7 @@ def _product(server: redis.Redis, product: str) -> ProductLedger:
     for member, captured_ms in waiting:
         account = fields.setdefault(member.decode().rpartition("/")[0], {})
         account["in_flight"] = account.get("in_flight", 0) + 1
-        account.setdefault("oldest_s", max(0.0, (now_ms - captured_ms) / 1000))  # lowest score first
+        account.setdefault("oldest_s", max(0.0, (now_ms - float(captured_ms)) / 1000))  # lowest score first
     for camera, rate in _rates(recent, now_ms).items():
         fields.setdefault(camera, {})["frames_per_s"] = rate
     for camera, newest in latest.items():

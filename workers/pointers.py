@@ -5,12 +5,12 @@ from typing import Any
 
 import redis
 from pydantic import TypeAdapter, ValidationError
-from redis.exceptions import RedisError
 
 from models.errors import VersionError
 from models.registry import Registry
 from models.storage import Storage
 from producers import keys
+from producers.redis_errors import REDIS_ERRORS, trouble
 from workers.errors import StreamUnavailable
 
 PRODUCTS = "proctor:models"
@@ -40,16 +40,16 @@ class Pointers:
             for product in products:
                 pipeline.hget(keys.model(product.decode()), CURRENT)
             versions = pipeline.execute()
-        except RedisError as error:
-            raise StreamUnavailable(f"Redis did not answer: {error}") from error
+        except REDIS_ERRORS as error:
+            raise StreamUnavailable(trouble(error)) from error
         return {p.decode(): v.decode() for p, v in zip(products, versions, strict=True) if v is not None}
 
     def of(self, product: str) -> dict[str, str]:
         """Pointers of a product by name, empty if it has none."""
         try:
             pointers: Any = self._server.hgetall(keys.model(product))
-        except RedisError as error:
-            raise StreamUnavailable(f"Redis did not answer: {error}") from error
+        except REDIS_ERRORS as error:
+            raise StreamUnavailable(trouble(error)) from error
         return {name.decode(): version.decode() for name, version in pointers.items()}
 
     def promote(self, product: str, version: str) -> None:
@@ -97,5 +97,5 @@ class Pointers:
             pipeline.sadd(PRODUCTS, product)
             pipeline.sadd(keys.PRODUCTS, product)  # replicas then listen to its stream before the first frame comes
             pipeline.execute()
-        except RedisError as error:
-            raise StreamUnavailable(f"Redis did not answer: {error}") from error
+        except REDIS_ERRORS as error:
+            raise StreamUnavailable(trouble(error)) from error

@@ -11,14 +11,19 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 import redis
-from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import ResponseError
 
 from producers import keys
+from producers.connecting import is_cluster
 from producers.errors import FrameError
 from producers.frame import check_camera
+from producers.redis_errors import REDIS_ERRORS, trouble
+from workers.consumers import IdleConsumers
+from workers.dead_letters import DeadLetterBound
 from workers.errors import StreamUnavailable
 from workers.settings import WorkerSettings
 from workers.settling import ANSWER, DEAD_LETTER, LATE, SETTLE
+from workers.slotwise import SlotwiseReader, for_each
 from workers.stream import Entry, Settlement, VerdictMessage
 
 P = ParamSpec("P")
@@ -33,8 +38,8 @@ def _translated(method: Callable[P, T]) -> Callable[P, T]:
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
         try:
             return method(*args, **kwargs)
-        except RedisError as error:
-            raise StreamUnavailable(f"Redis did not answer: {error}") from error
+        except REDIS_ERRORS as error:
+            raise StreamUnavailable(trouble(error)) from error
 
     return call
 
@@ -53,6 +58,9 @@ class RedisStream:
         self._answer = server.register_script(ANSWER)
         self._settle = server.register_script(SETTLE)
         self._dead_letter = server.register_script(DEAD_LETTER)
+        self._dead_bound = DeadLetterBound(server, settings.dead_kept)
+        self._idle_consumers = IdleConsumers(server, consumer, settings.consumer_idle_ms)
+        self._slotwise = SlotwiseReader(self._read_streams) if is_cluster(server) else None
         self._products: tuple[str, ...] = ()
         self._products_read_at = float("-inf")
 
@@ -63,9 +71,14 @@ class RedisStream:
         if not products:
             time.sleep(block_ms / 1000)
             return []
+        if self._slotwise is not None:
+            return self._slotwise.read(products, count, block_ms)
+        return self._read_streams(products, max(1, count // len(products)), block_ms)
+
+    def _read_streams(self, products: tuple[str, ...], share: int, block_ms: int) -> list[Entry]:
+        """At most `share` new entries of each product, with one command."""
         streams: dict[Any, Any] = {keys.frames(product): ">" for product in products}
         by_key = {keys.frames(product).encode(): product for product in products}
-        share = max(1, count // len(products))
         reply: Any = None
         with self._group_may_be_gone():
             # redis-py leaves BLOCK out for None; BLOCK 0 would wait for ever
@@ -93,35 +106,56 @@ class RedisStream:
         if now - self._products_read_at < 1.0:
             return self._products
         names: Any = self._server.smembers(keys.PRODUCTS)
-        products = tuple(sorted(name.decode(errors="replace") for name in names))
-        for product in set(products) - set(self._products):
-            try:
-                self._server.xgroup_create(keys.frames(product), keys.GROUP, id="0", mkstream=True)
-            except ResponseError as error:
-                if "BUSYGROUP" not in str(error):
+        products = sorted(name.decode(errors="replace") for name in names)
+        joined = (product for product in products if product in self._products or self._joins(product))
+        self._products, self._products_read_at = tuple(joined), now
+        return self._products
+
+    def _joins(self, product: str) -> bool:
+        """Make the product's group if there is none; in a cluster, one whose node is away is joined later."""
+        try:
+            self._server.xgroup_create(keys.frames(product), keys.GROUP, id="0", mkstream=True)
+        except REDIS_ERRORS as error:
+            if "BUSYGROUP" not in str(error):
+                if self._slotwise is None:
                     raise
-        self._products, self._products_read_at = products, now
-        return products
+                return False
+        return True
 
     @_translated
     def recover(self, held: Sequence[Entry], count: int) -> list[Entry]:
-        """See FrameStream. An entry delivered too often is dead-lettered instead of being taken over."""
-        self._refresh(held)
+        """See FrameStream. An entry delivered too often is dead-lettered instead of being taken over.
+
+        What was taken over is returned even if something fails after it: else it would count as delivered in vain.
+        """
         taken: list[Entry] = []
-        for product in self._known_products():
+
+        def claim(product: str) -> None:
             if len(taken) < count:
                 with self._group_may_be_gone():
-                    taken += self._claim(product, count - len(taken))
+                    taken.extend(self._claim(product, count - len(taken)))
+
+        try:
+            self._refresh(held)
+            for_each(self._known_products(), claim)
+            self._idle_consumers.remove(self._products)
+        except (StreamUnavailable, *REDIS_ERRORS):
+            if not taken:
+                raise
         return taken
 
     def _refresh(self, held: Sequence[Entry]) -> None:
         by_product: dict[str, list[bytes]] = {}
         for entry in held:
             by_product.setdefault(entry.product, []).append(entry.id)
-        for product, ids in by_product.items():
+
+        def refresh(product: str) -> None:
+            ids: Any = by_product[product]
             with self._group_may_be_gone():
                 # JUSTID: idle time starts anew, the delivery count stays
-                self._server.xclaim(keys.frames(product), keys.GROUP, self._consumer, 0, ids, justid=True)  # type: ignore[arg-type]
+                self._server.xclaim(keys.frames(product), keys.GROUP, self._consumer, 0, ids, justid=True)
+
+        for_each(by_product, refresh)
 
     def _claim(self, product: str, count: int) -> list[Entry]:
         key, idle = keys.frames(product), self._settings.claim_idle_ms
@@ -142,33 +176,33 @@ class RedisStream:
     def send_verdicts(self, verdicts: Sequence[VerdictMessage]) -> set[str]:
         """See FrameStream. The verdict streams are bounded: the newest `VERDICTS_KEPT` stay."""
         late: set[str] = set()
-        for product, group in _by_product(verdicts).items():
+        groups = _by_product(verdicts)
+
+        def answer(product: str) -> None:
             args: list[str | int] = [product, keys.VERDICTS_KEPT]
-            for verdict in group:
+            for verdict in groups[product]:
                 args += [verdict.camera, verdict.seq, verdict.verdict, repr(verdict.score), repr(verdict.threshold)]
                 args += [verdict.model_version, verdict.reason, f"{verdict.total_ms:.3f}"]
-            answers = self._answer(
-                keys=[
-                    keys.verdicts(product),
-                    keys.latest(product),
-                    keys.waiting(product),
-                    keys.unanswered(product),
-                    keys.late(product),
-                    keys.ledger(product),
-                ],
-                args=args,
-            )
-            late |= {each.frame_id for each, answer in zip(group, answers, strict=True) if answer == LATE}
+            of = (keys.verdicts, keys.latest, keys.waiting, keys.unanswered, keys.late, keys.ledger)
+            answers = self._answer(keys=[key(product) for key in of], args=args)
+            each = zip(groups[product], answers, strict=True)
+            late.update(verdict.frame_id for verdict, answered in each if answered == LATE)
+
+        for_each(groups, answer)
         return late
 
     @_translated
     def settle(self, settlements: Sequence[Settlement]) -> None:
         """See FrameStream. XACK alone frees no memory, so the entry is deleted in the same step."""
-        for product, group in _by_product(settlements).items():
+        groups = _by_product(settlements)
+
+        def settle(product: str) -> None:
             args: list[str | bytes | int] = [keys.GROUP]
-            for item in group:
+            for item in groups[product]:
                 args += [item.id, item.camera, item.seq, item.verdict, item.size, item.captured_at_ns // 1_000_000]
             self._settle(keys=_account(product), args=args)
+
+        for_each(groups, settle)
 
     @_translated
     def dead_letter(self, entry: Entry, camera: str, reason: str) -> None:
@@ -178,6 +212,7 @@ class RedisStream:
             keys=[*_account(product), keys.dead(product), keys.verdicts(product)],
             args=[keys.GROUP, entry.id, camera, reason, product, keys.VERDICTS_KEPT],
         )
+        self._dead_bound.trim(product)
 
     @_translated
     def close(self) -> None:

@@ -4,8 +4,8 @@ import json
 from typing import Any
 
 import redis
-from redis.exceptions import RedisError
 
+from producers.redis_errors import REDIS_ERRORS, trouble
 from workers.errors import StreamUnavailable
 
 _REPLICAS = "proctor:replicas"
@@ -22,8 +22,8 @@ def write_report(server: redis.Redis, state: dict[str, Any]) -> None:
     try:
         server.set(f"replica:{state['replica']}", json.dumps(state), ex=_KEPT_S)
         server.sadd(_REPLICAS, state["replica"])
-    except RedisError as error:
-        raise StreamUnavailable(f"Redis did not answer: {error}") from error
+    except REDIS_ERRORS as error:
+        raise StreamUnavailable(trouble(error)) from error
 
 
 def remove_report(server: redis.Redis, replica: str) -> None:
@@ -31,8 +31,8 @@ def remove_report(server: redis.Redis, replica: str) -> None:
     try:
         server.delete(f"replica:{replica}")
         server.srem(_REPLICAS, replica)
-    except RedisError as error:
-        raise StreamUnavailable(f"Redis did not answer: {error}") from error
+    except REDIS_ERRORS as error:
+        raise StreamUnavailable(trouble(error)) from error
 
 
 def read_replicas(server: redis.Redis) -> list[dict[str, Any]]:
@@ -48,8 +48,8 @@ def read_replicas(server: redis.Redis) -> list[dict[str, Any]]:
         gone = [name for name, record in records.items() if record is None]
         if gone:
             server.srem(_REPLICAS, *gone)
-    except RedisError as error:
-        raise StreamUnavailable(f"Redis did not answer: {error}") from error
+    except REDIS_ERRORS as error:
+        raise StreamUnavailable(trouble(error)) from error
     return [json.loads(record) for record in records.values() if record is not None]
 
 
@@ -61,8 +61,8 @@ def write_compactor(server: redis.Redis, state: dict[str, Any]) -> None:
     """
     try:
         server.set(_COMPACTOR, json.dumps(state), ex=_KEPT_S)
-    except RedisError as error:
-        raise StreamUnavailable(f"Redis did not answer: {error}") from error
+    except REDIS_ERRORS as error:
+        raise StreamUnavailable(trouble(error)) from error
 
 
 def read_compactor(server: redis.Redis) -> dict[str, Any] | None:
@@ -73,6 +73,6 @@ def read_compactor(server: redis.Redis) -> dict[str, Any] | None:
     """
     try:
         record: Any = server.get(_COMPACTOR)
-    except RedisError as error:
-        raise StreamUnavailable(f"Redis did not answer: {error}") from error
+    except REDIS_ERRORS as error:
+        raise StreamUnavailable(trouble(error)) from error
     return None if record is None else json.loads(record)

@@ -29,6 +29,10 @@ class WorkerSettings(BaseModel):
         default={}, description="likewise, by product; set as products.NAME.takt_ms"
     )
     takt_margin_ms: float = Field(default=10.0, ge=0, description="a late frame is answered so long before it is due")
+    consumer_idle_ms: int = Field(
+        default=3_600_000, ge=1000, description="a consumer that holds nothing and is silent for longer is removed"
+    )
+    dead_kept: int = Field(default=1000, ge=1, description="length of a product's dead-letter stream")
     segment_rows: int = Field(default=256, ge=1)
     segment_ms: float = Field(default=200.0, ge=0, description="longest wait of a row for its segment")
     heartbeat_timeout_s: float = Field(default=20.0, gt=0, description="a loop silent for longer is replaced")

@@ -8,14 +8,20 @@ from datetime import UTC, datetime
 from typing import Any
 
 import redis
-from redis.exceptions import RedisError
 
 from producers import keys
 from producers.counting import TALLY_DAYS
+from producers.redis_errors import REDIS_ERRORS, trouble
 from workers.errors import StreamUnavailable
 from workers.ledger import VERDICTS
 
 _MINUTE_MS = 60_000
+# One step: tallies and waiting set belong together. No MULTI, whose replies redis-py leaves raw in a cluster.
+_SHIFT = """
+local reply = {redis.call('ZRANGEBYSCORE', KEYS[1], ARGV[1], ARGV[2]), redis.call('XRANGE', KEYS[2], ARGV[1], '+')}
+for i = 3, #KEYS do reply[i] = redis.call('HGETALL', KEYS[i]) end
+return reply
+"""
 
 
 @dataclass(frozen=True)
@@ -92,27 +98,27 @@ def read_shift(server: redis.Redis, since: datetime, until: datetime | None = No
             for name in sorted(products)
             for account in _accounts(server, name.decode(errors="replace"), first, last)
         ]
-    except RedisError as error:
-        raise StreamUnavailable(f"Redis did not answer: {error}") from error
+    except REDIS_ERRORS as error:
+        raise StreamUnavailable(trouble(error)) from error
 
 
 def _accounts(server: redis.Redis, product: str, first: int, last: int) -> Iterator[ShiftAccount]:
     hours = range(first // 60, last // 60 + 1)
-    pipeline = server.pipeline(transaction=True)  # one step: tallies and waiting set belong together
-    pipeline.zrangebyscore(keys.waiting(product), first * _MINUTE_MS, (last + 1) * _MINUTE_MS - 1)
-    pipeline.xrange(keys.gaps(product), first * _MINUTE_MS, "+")
-    for hour in hours:
-        pipeline.hgetall(keys.tally(product, hour))
-    waiting, gaps, *tallies = pipeline.execute()
+    tallies_at = [keys.tally(product, hour) for hour in hours]
+    reply: Any = server.register_script(_SHIFT)(
+        keys=[keys.waiting(product), keys.gaps(product), *tallies_at],
+        args=[first * _MINUTE_MS, (last + 1) * _MINUTE_MS - 1],
+    )
+    waiting, gaps, *tallies = reply
     counts: dict[str, Counter[str]] = {}
     for hour, tally in zip(hours, tallies, strict=True):
-        for name, count in tally.items():
+        for name, count in zip(tally[::2], tally[1::2], strict=True):
             minute, camera, what = name.decode().split(":", 2)
             if first <= hour * 60 + int(minute) <= last:
                 counts.setdefault(camera, Counter())[what] += int(count)
     for member in waiting:
         counts.setdefault(member.decode().rpartition("/")[0], Counter())["in_flight"] += 1
-    found = [_gap(entry_id, fields) for entry_id, fields in gaps]
+    found = [_gap(entry_id, dict(zip(flat[::2], flat[1::2], strict=True))) for entry_id, flat in gaps]
     for camera in sorted(counts):
         yield _account(product, camera, counts[camera], tuple(gap for gap in found if gap.camera == camera))
 
