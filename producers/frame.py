@@ -28,6 +28,7 @@ VERSION = 1
 MAX_PIXELS = 64_000_000
 LARGEST_PIXELS = 178_000_000  # no decoder takes more
 CODECS = ("jpeg", "png", "raw")
+_CODECS = {name.encode(): name for name in CODECS}
 _JPEG = b"\xff\xd8"
 _PRODUCT = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 _CAMERA = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
@@ -269,9 +270,9 @@ def _text(fields: Mapping[bytes, bytes], name: bytes) -> str:
 
 def _codec(fields: Mapping[bytes, bytes]) -> str:
     codec = fields.get(b"codec")
-    if codec is None or codec.decode("ascii", "replace") not in CODECS:
+    if codec not in _CODECS:
         raise MalformedEntry(f"field codec is {_shown(codec)}, not one of {', '.join(CODECS)}")
-    return codec.decode("ascii")
+    return _CODECS[codec]
 
 
 def _integer(fields: Mapping[bytes, bytes], name: bytes) -> int:

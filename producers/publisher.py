@@ -181,12 +181,14 @@ class Publisher:
                     raise ServerUnavailable(f"Redis refuses frame {frame.frame_id}: {why}") from None
                 if isinstance(error, BusyLoadingError):  # alive and reading its data, however long that takes
                     give_up_at = time.monotonic() + self._settings.retry_s
-                self._raise_if_over(frame, error, give_up_at, stop.wait(pause_s))
+                self._wait_or_raise(frame, error, give_up_at, stop, pause_s)
                 pause_s = min(pause_s * 2, 1.0)
 
-    def _raise_if_over(self, frame: Frame, error: Exception, give_up_at: float, stopped: bool) -> None:
-        """Raise when the server has stayed away for too long, or the waiting was stopped."""
-        if time.monotonic() <= give_up_at and not stopped:
+    def _wait_or_raise(
+        self, frame: Frame, error: Exception, give_up_at: float, stop: threading.Event, pause_s: float
+    ) -> None:
+        """Wait for a moment; raise when the server has stayed away for too long, or the waiting was stopped."""
+        if time.monotonic() <= give_up_at and not stop.wait(pause_s):
             return
         waited_s = time.monotonic() - give_up_at + self._settings.retry_s
         if "MISCONF" in str(error):

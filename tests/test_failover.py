@@ -3,6 +3,7 @@
 import io
 import os
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -199,7 +200,8 @@ def test_commands_that_watch_outlast_a_server_that_is_away(mortal):
 
 def test_a_product_is_announced_again_after_a_minute(server, monkeypatch):
     clock = SimpleNamespace(now_s=0.0)
-    monkeypatch.setattr("producers.publisher.time", SimpleNamespace(monotonic=lambda: clock.now_s))
+    steady = SimpleNamespace(monotonic=lambda: clock.now_s, time_ns=time.time_ns)
+    monkeypatch.setattr("producers.publisher.time", steady)
     publisher = Publisher(server, PATIENT)
     publisher.publish(new_frame(1))
     server.delete(keys.PRODUCTS)  # as a node that failed over without them

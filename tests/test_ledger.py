@@ -37,7 +37,6 @@ def say(stream: RedisStream, entries: list[Entry], verdict: str, version: str) -
 
 
 def settle(stream: RedisStream, entries: list[Entry]) -> None:
-    frames = [Frame.from_fields(entry.product, entry.fields) for entry in entries]
     stream.settle([settlement(entry) for entry in entries])
 
 

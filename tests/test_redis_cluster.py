@@ -77,7 +77,8 @@ def test_every_product_is_read_in_order_judged_and_counted(client, stream):
         stream.recover(entries, 0)
     for product in PRODUCTS:
         assert [int(e.fields[b"seq"]) for e in entries if e.product == product] == list(range(1, 21))
-    stream.send_verdicts([VerdictMessage(e.product, "cam-1", 1, "pass", 0.1, 0.2, "v1", "", 1.0) for e in entries])
+    numbered = [(entry.product, int(entry.fields[b"seq"])) for entry in entries]
+    stream.send_verdicts([VerdictMessage(p, "cam-1", n, "pass", 0.1, 0.2, "v1", "", 1.0) for p, n in numbered])
     stream.settle([settlement(entry) for entry in entries])
     ledgers = read_ledger(client)
     assert [ledger.product for ledger in ledgers] == list(PRODUCTS)
