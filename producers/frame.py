@@ -287,7 +287,8 @@ def _shape(fields: Mapping[bytes, bytes]) -> tuple[int, int, int]:
     parts = (declared or b"")[: _MAX_SHAPE + 1].split(b",")
     if len(parts) == 3 and all(part.isdigit() and len(part) <= 9 for part in parts):
         height, width, channels = (int(part) for part in parts)
-        if channels in (1, 3) and 0 < height * width <= LARGEST_PIXELS:
+        unread = height == width == 0  # a source found no header that could be read
+        if channels in (1, 3) and (unread or 0 < height * width <= LARGEST_PIXELS):
             return (height, width, channels)
     most = LARGEST_PIXELS // 10**6
     raise MalformedEntry(

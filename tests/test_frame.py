@@ -120,6 +120,7 @@ def test_an_entry_of_a_product_that_cannot_be_is_malformed():
 @pytest.mark.parametrize(
     ("field", "value", "reason"),
     [
+        ("shape", b"0,0,3", "declared as shape 0,0,3, its data holds 48,64,3"),
         ("shape", b"64,48,3", "declared as shape 64,48,3, its data holds 48,64,3"),
         ("data", None, r"empty \(0 bytes\)"),
         ("data", b"", r"empty \(0 bytes\)"),
