@@ -29,7 +29,14 @@ from workers.pointers import Pointers
 PRODUCTS = ("bolt", "nut")
 CAMERAS = ("left", "right")
 _SIZE = 96
-_WORKER = {"max_batch": 16, "claim_idle_ms": 2000, "max_deliveries": 100, "segment_ms": 100, "heartbeat_timeout_s": 60}
+_WORKER = {
+    "max_batch": 16,
+    "claim_idle_ms": 2000,
+    "max_deliveries": 100,
+    "dead_kept": 100_000,  # so that every dead letter can be looked at afterwards
+    "segment_ms": 100,
+    "heartbeat_timeout_s": 60,
+}
 
 
 @dataclass
