@@ -86,7 +86,7 @@ ROLES = (
             *("get", "set", "del", "decrby", "eval", "pexpire", "sadd", "srem", "smembers", "sismember"),
             *("blmove", "lmove", "lrem", "xlen", "zrange", "zrangebyscore", "zrem", "zscore"),
             *("hget", "hgetall", "hset", "xinfo|groups"),
-            *("xadd", "xack", "xdel", "xclaim", "xpending", "xrange", "xreadgroup", "xtrim"),
+            *("xadd", "xack", "xdel", "xclaim", "xpending", "xrange", "xreadgroup", "xtrim", "memory|usage"),
             *("xgroup|create", "xgroup|delconsumer", "xinfo|consumers"),
         ),
         {

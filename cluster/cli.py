@@ -465,7 +465,7 @@ def results(
 
 @app.command()
 def compact(as_json: Json = False) -> None:
-    """One round of the compactor by hand; the application does one every `[results] compact_every_s`."""
+    """One round of the compactor by hand; the application does them by itself."""
     from cluster.compacting import compact_once
 
     done = compact_once(_common.load())

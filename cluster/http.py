@@ -28,7 +28,7 @@ class Inspector(Protocol):
 class Accounts(Protocol):
     """The ledger as the interface needs it; both raise ProctorError or StreamUnavailable, one line each."""
 
-    def ledger(self, since: str | None, until: str | None) -> dict[str, Any]:
+    def ledger(self, since: str | None, until: str | None, product: str | None) -> dict[str, Any]:
         """The ledger as it stands, or a shift's account from `since` on."""
         ...
 
@@ -81,11 +81,13 @@ def build_http(inspector: Inspector, accounts: Accounts, token: str) -> FastAPI:
 
 def _add_accounts(app: FastAPI, accounts: Accounts, token: str) -> None:
     @app.get("/api/v1/ledger")
-    def ledger(request: Request, since: str | None = None, until: str | None = None) -> dict[str, Any]:
+    def ledger(
+        request: Request, since: str | None = None, until: str | None = None, product: str | None = None
+    ) -> dict[str, Any]:
         """The ledger as it stands; with `since` (a time, or an age as 8h) that of a shift."""
         _authorise(request, token)
         try:
-            return accounts.ledger(since, until)
+            return accounts.ledger(since, until, product)
         except ProctorError as error:
             raise HTTPException(400, str(error)) from None
         except StreamUnavailable as error:

@@ -28,11 +28,11 @@ def parse_since(text: str, option: str = "--since") -> datetime:
         ProctorError: neither.
     """
     age = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", text)
-    if age:
-        return datetime.now(UTC) - timedelta(**{_UNITS[age[2]]: float(age[1])})
     try:
+        if age:
+            return datetime.now(UTC) - timedelta(**{_UNITS[age[2]]: float(age[1])})
         return datetime.fromisoformat(text).astimezone(UTC)
-    except ValueError:
+    except (ValueError, OverflowError):
         raise ProctorError(
             f"{option} {text!r}: give a time as 2026-01-31T06:00 or an age as 90s, 15m, 8h, 7d"
         ) from None

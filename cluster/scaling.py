@@ -53,7 +53,7 @@ def replicas_wanted(figures: Figures | None, settings: ServeSettings, current: i
 def _by_lag(figures: Figures, settings: ServeSettings, current: int) -> Wish:
     """Arrivals and backlog against what one replica does: n replicas drain in lag / (n * speed - arriving)."""
     if figures.lag == 0 and figures.arriving_per_s == 0:
-        return Wish(settings.least, f"nothing waits, {settings.least} suffice")
+        return Wish(settings.least, f"nothing waits, {settings.least} will do")
     if not figures.judged_per_s:
         return Wish(current, f"lag {figures.lag}, speed of a replica not known yet, {current} kept")
     load = (figures.arriving_per_s + figures.lag / settings.target_drain_s) / figures.judged_per_s

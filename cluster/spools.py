@@ -12,8 +12,10 @@ from cluster.config import ProctorConfig
 from cluster.connection import connect, unchecked_client
 from cluster.errors import ProctorError, ServerAway
 from cluster.run_state import redis_url_of
+from producers import keys
 from producers.errors import ProducerError
 from producers.frame import check_camera, check_product
+from producers.redis_errors import REDIS_ERRORS
 from producers.spool import Spool
 from producers.spooling import SpooledPublisher
 
@@ -135,13 +137,21 @@ class _Follower:
         self._url = redis_url_of(config)
 
     def moved(self) -> redis.Redis | None:
-        """A client of the new address, None if there is none."""
+        """A client of the new address, None if there is none or it does not serve yet, as while it reads its data.
+
+        It never waits longer than the timeouts of a client: the end of a push waits for it.
+        """
         try:
             url = redis_url_of(self._config)
             if url == self._url:
                 return None
-            client = connect(url, timeout_s=SERVER_TIMEOUT_S, retries=0)
+            client = unchecked_client(url, timeout_s=SERVER_TIMEOUT_S)
         except ProctorError:
+            return None
+        try:
+            client.exists(keys.PRODUCTS)  # not PING: a server whose disk is full refuses that
+        except (*REDIS_ERRORS, OSError):
+            client.close()
             return None
         self._url = url
         return client

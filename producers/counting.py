@@ -20,6 +20,13 @@ local function server_ms()
 end
 """
 
+# Whether an entry names its frame as a camera of ours does; any bytes may stand in a stream.
+NAMED = """
+local function is_named(camera, seq)
+  return #camera < 64 and #seq < 20 and string.match(camera, '^%w[%w_.-]*$') and string.match(seq, '^%d+$')
+end
+"""
+
 # A verdict that no replica gave: the frame was shed, is late or went to the dead letters. `camera/seq` names it.
 UNKNOWN_VERDICT = """
 local function answer_unknown(verdicts, kept, product, camera, seq, reason, total_ms)

@@ -5,11 +5,13 @@ import threading
 import time
 from collections.abc import Callable
 from enum import Enum
+from typing import Any
 
 import redis
 from redis.exceptions import AuthenticationError, BusyLoadingError, NoPermissionError, OutOfMemoryError
 
 from producers import keys
+from producers.connecting import is_cluster
 from producers.errors import FrameError, ServerUnavailable
 from producers.frame import Frame, check_camera, check_product
 from producers.publishing import LOST, PUBLISH, SHED
@@ -50,7 +52,6 @@ class Publisher:
         self._firsts: dict[tuple[str, str], int] = {}
         self._retention = Retention(settings.retain_s, int(settings.retain_mb * 2**20))
         self._retention_lock = threading.Lock()
-        self._memory_full = False
         self.move_to(server)
 
     def move_to(self, server: redis.Redis) -> None:
@@ -60,7 +61,7 @@ class Publisher:
         self._shed = server.register_script(SHED)
         self._lost = server.register_script(LOST)
         self._announced.clear()
-        self._memory_read_at = float("-inf")
+        self._memory: dict[Any, tuple[float, bool]] = {}
 
     def last_seq(self, product: str, camera: str) -> int:
         """The camera's last used sequence number in the ledger, 0 if it has none."""
@@ -112,7 +113,7 @@ class Publisher:
         Raises:
             ServerUnavailable: as `publish`.
         """
-        self._with_patience(frame, lambda each: self._give_up(each, reason), stop)
+        self._count_in_run(frame, lambda each, declare: self._give_up(each, reason, declare), stop)
 
     def lose(self, last: Frame, from_seq: int, stop: threading.Event) -> None:
         """Count the numbers from `from_seq` up to `last`'s as lost, as far as the ledger does not know them.
@@ -120,27 +121,44 @@ class Publisher:
         Raises:
             ServerUnavailable: as `publish`.
         """
-        self._with_patience(last, lambda each: self._count_lost(each, from_seq), stop)
+        self._count_in_run(last, lambda each, declare: self._count_lost(each, from_seq, declare), stop)
 
     def _publish_in_run(self, frame: Frame, stop: threading.Event, known: int) -> Published | None:
         """Publish one frame and what of its run the server forgot; None if `stop` came while the stream was full."""
         outcome = self._deliver(frame, stop, known, declare=False)
         if not isinstance(outcome, int):
             return outcome
-        with self._retention_lock:
-            retained = self._retention.since(frame, outcome)
-        for old in retained:  # what of them a second answer shows to be there already is not added twice
-            if self._deliver(old, stop, known, declare=True) is None:
-                self._shed_in_hand(old, stop)
+        self._send_again(frame, outcome, stop, known)
         published = self._deliver(frame, stop, known, declare=True)
         assert not isinstance(published, int)  # a declared gap is counted, not refused
         return published
+
+    def _send_again(self, frame: Frame, from_seq: int, stop: threading.Event, known: int) -> None:
+        """Publish what is retained of a run from a number on, up to `frame`; the server forgot it."""
+        with self._retention_lock:
+            retained = self._retention.since(frame, from_seq)
+        for old in retained:  # what of them a second answer shows to be there already is not added twice
+            if self._deliver(old, stop, known, declare=True) is None:
+                self._shed_in_hand(old, stop)
+
+    def _count_in_run(self, frame: Frame, count: Callable[[Frame, bool], str], stop: threading.Event) -> None:
+        """Count a frame that does not go into the stream, after what of its run the server forgot."""
+        word, _, number = self._with_patience(frame, lambda each: count(each, False), stop).partition(" ")
+        if word == "gap":
+            self._send_again(frame, int(number), stop, NEVER)
+            self._with_patience(frame, lambda each: count(each, True), stop)
 
     def _deliver(self, frame: Frame, stop: threading.Event, known: int, *, declare: bool) -> Published | int | None:
         """Publish one frame, or return the number from which on the server knows nothing of the camera's run."""
         pause_s = 0.002
         while True:
-            word, _, number = self._with_patience(frame, lambda each: self._add(each, declare), stop).partition(" ")
+            reply = self._with_patience(
+                frame,
+                lambda each: self._add(each, declare),
+                stop,
+                without_memory=lambda each: self._give_up(each, f"{self._settings.policy} memory", declare),
+            )
+            word, _, number = reply.partition(" ")
             if word == "added":
                 with self._retention_lock:
                     self._retention.keep(frame, time.monotonic())
@@ -164,7 +182,14 @@ class Publisher:
         self.shed(frame, "stopped while full", stop)
         return Published.SHED
 
-    def _with_patience(self, frame: Frame, step: Callable[[Frame], str], stop: threading.Event) -> str:
+    def _with_patience(
+        self,
+        frame: Frame,
+        step: Callable[[Frame], str],
+        stop: threading.Event,
+        without_memory: Callable[[Frame], str] | None = None,
+    ) -> str:
+        """Take a step; on a server without memory the other one, where the policy sheds."""
         give_up_at = time.monotonic() + self._settings.retry_s
         pause_s = 0.05
         while True:
@@ -173,8 +198,8 @@ class Publisher:
             except AuthenticationError as error:
                 raise ServerUnavailable(f"Redis refuses the password: {error}") from None
             except REDIS_ERRORS as error:
-                if isinstance(error, OutOfMemoryError) and self._settings.policy != "block":
-                    step = self._given_up_for_memory
+                if isinstance(error, OutOfMemoryError) and without_memory and self._settings.policy != "block":
+                    step = without_memory
                     continue
                 if not may_pass(error):
                     why = permission_line(error) if isinstance(error, NoPermissionError) else one_line(error)
@@ -235,7 +260,7 @@ class Publisher:
                 self._firsts[product, frame.camera],
                 int(declare),
                 time.time_ns() // 1_000_000,
-                int(self._memory_is_full()),
+                int(self._memory_is_full(product)),
                 settings.policy,
                 settings.max_in_flight,
                 int(settings.max_in_flight_mb * 2**20),
@@ -250,22 +275,24 @@ class Publisher:
         self._announce(product)
         return "added"
 
-    def _memory_is_full(self) -> bool:
-        """Whether the server's memory is nearly used up; looked up twice a second."""
-        if time.monotonic() - self._memory_read_at > 0.5:
-            memory = self._server.info("memory")
+    def _memory_is_full(self, product: str) -> bool:
+        """Whether the server's memory is nearly used up, in a cluster that of the product's node; looked up twice a
+        second.
+        """
+        server: Any = self._server
+        node = server.get_node_from_key(keys.frames(product)) if is_cluster(server) else None
+        read_at, is_full = self._memory.get(node, (float("-inf"), False))
+        if time.monotonic() - read_at > 0.5:
+            memory = server.info("memory") if node is None else server.info("memory", target_nodes=node)
             limit = int(memory.get("maxmemory", 0))
-            self._memory_full = 0 < self._settings.memory_share * limit < int(memory["used_memory"])
-            self._memory_read_at = time.monotonic()
-        return self._memory_full
+            is_full = 0 < self._settings.memory_share * limit < int(memory["used_memory"])
+            self._memory[node] = (time.monotonic(), is_full)
+        return is_full
 
-    def _given_up_for_memory(self, frame: Frame) -> str:
-        return self._give_up(frame, f"{self._settings.policy} memory")
-
-    def _give_up(self, frame: Frame, reason: str) -> str:
+    def _give_up(self, frame: Frame, reason: str, declare: bool) -> str:
         product = frame.product
         self._announce_if_possible(product)
-        self._shed(
+        reply: bytes = self._shed(
             keys=[keys.ledger(product), keys.verdicts(product), keys.gaps(product), keys.tally(product)],
             args=[
                 product,
@@ -275,16 +302,17 @@ class Publisher:
                 self._firsts.get((product, frame.camera), frame.seq),
                 reason,
                 keys.VERDICTS_KEPT,
+                int(declare),
             ],
         )
-        return "shed"
+        return reply.decode()
 
-    def _count_lost(self, last: Frame, from_seq: int) -> str:
+    def _count_lost(self, last: Frame, from_seq: int, declare: bool) -> str:
         product, camera = last.product, last.camera
         first = self._firsts.get((product, camera), from_seq)
         self._announce_if_possible(product)
-        self._lost(
+        reply: bytes = self._lost(
             keys=[keys.ledger(product), keys.gaps(product), keys.tally(product)],
-            args=[camera, from_seq, last.seq, last.captured_at_ns, first],
+            args=[camera, from_seq, last.seq, last.captured_at_ns, first, int(declare)],
         )
-        return "lost"
+        return reply.decode()

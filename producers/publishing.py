@@ -10,7 +10,8 @@ Replies of PUBLISH:
     behind N        the camera's last number N is not below this frame's
 """
 
-from producers.counting import COUNT, UNKNOWN_VERDICT
+from producers.counting import COUNT, NAMED, UNKNOWN_VERDICT
+from producers.keys import GROUP
 
 # Numbers that a run had, of which the ledger knows nothing: captured and lost, with their range.
 _LOSE = """
@@ -19,15 +20,17 @@ local function lose(ledger, tally, gaps, ms, camera, from, to)
   count(ledger, tally, ms, camera, 'captured', to - from + 1)
   count(ledger, tally, ms, camera, 'lost', to - from + 1)
   redis.call('XADD', gaps, 'MAXLEN', '~', 10000, '*', 'camera', camera,
-      'first', string.format('%.0f', from), 'last', string.format('%.0f', to))
+      'first', string.format('%.0f', from), 'last', string.format('%.0f', to), 'at_ms', string.format('%.0f', ms))
 end
 """
 
 # KEYS: frames ledger waiting unanswered late held verdicts gaps tally
 PUBLISH = (
     COUNT
+    + NAMED
     + UNKNOWN_VERDICT
     + _LOSE
+    + f"local group_name = '{GROUP}'"
     + """
 local product, camera, seq, captured_ns, first = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5]
 local declare, sent_ms, guard, policy = ARGV[6], tonumber(ARGV[7]), ARGV[8], ARGV[9]
@@ -52,12 +55,12 @@ local function over()
   if held > 0 and held + #data > max_bytes then return 'bytes' end
 end
 
-local function shed(whose, which, ms, bound)
+local function shed(whose, which, ms, bound, named)
   count(KEYS[2], KEYS[9], ms, whose, 'shed', 1)
   count(KEYS[2], KEYS[9], ms, whose, 'shed.' .. policy .. ' ' .. bound, 1)
   if redis.call('SREM', KEYS[5], whose .. '/' .. which) == 1 then
     count(KEYS[2], KEYS[9], ms, whose, 'late', 1)  -- and so it has its verdict
-  else
+  elseif named then
     answer_unknown(KEYS[7], kept, product, whose, which, 'shed: ' .. policy .. ', bound of ' .. bound, sent_ms - ms)
   end
 end
@@ -67,9 +70,9 @@ local function shed_oldest(bound)
   local delivered = '-'
   if redis.call('EXISTS', KEYS[1]) == 0 then return false end
   for _, group in ipairs(redis.call('XINFO', 'GROUPS', KEYS[1])) do
-    for i = 1, #group, 2 do
-      if group[i] == 'last-delivered-id' then delivered = '(' .. group[i + 1] end
-    end
+    local of = {}
+    for i = 1, #group, 2 do of[group[i]] = group[i + 1] end
+    if of.name == group_name then delivered = '(' .. of['last-delivered-id'] end
   end
   local entry = redis.call('XRANGE', KEYS[1], delivered, '+', 'COUNT', 1)[1]
   if not entry then return false end
@@ -87,11 +90,17 @@ local function shed_oldest(bound)
     redis.call('ZREM', KEYS[3], member)
     redis.call('ZREM', KEYS[4], member)
     redis.call('DECRBY', KEYS[6], size)
-  else
-    ms = server_ms()  -- of a producer that keeps no ledger
-    count(KEYS[2], KEYS[9], ms, whose, 'captured', 1)
+    shed(whose, which, tonumber(ms), bound, true)
+    return true
   end
-  shed(whose, which, tonumber(ms), bound)
+  local named = is_named(whose, which)
+  if named and tonumber(which) <= tonumber(redis.call('HGET', KEYS[2], whose .. ':last_seq') or '-1') then
+    return true  -- a second entry of a frame that was counted: of a publisher that sent it again
+  end
+  ms = server_ms()  -- of a producer that keeps no ledger
+  if not named then whose = '?' end
+  count(KEYS[2], KEYS[9], ms, whose, 'captured', 1)
+  shed(whose, which, ms, bound, named)
   return true
 end
 
@@ -104,23 +113,27 @@ end
 lose(KEYS[2], KEYS[9], KEYS[8], captured_ms, camera, expected, number - 1)
 local now_ms = server_ms()
 count(KEYS[2], KEYS[9], captured_ms, camera, 'captured', 1)
+-- a frame that was long on its way makes the producer's clock look late: the newest of them count little
+local skew_ms, before = sent_ms - now_ms, tonumber(redis.call('HGET', KEYS[2], camera .. ':skew_ms') or '-inf')
+if skew_ms < before then skew_ms = before + 0.02 * (skew_ms - before) end
 redis.call('HSET', KEYS[2], camera .. ':last_seq', seq, camera .. ':last_captured_at_ns', captured_ns,
-    camera .. ':skew_ms', string.format('%.0f', sent_ms - now_ms))
+    camera .. ':skew_ms', string.format('%.0f', skew_ms))
 if bound then
-  shed(camera, seq, captured_ms, bound)
+  shed(camera, seq, captured_ms, bound, true)
   return 'shed'
 end
 redis.call('XADD', KEYS[1], '*', 'v', v, 'camera', camera, 'seq', seq, 'captured_at_ns', captured_ns,
     'codec', codec, 'shape', shape, 'data', data)
 redis.call('ZADD', KEYS[3], captured_ms, camera .. '/' .. seq)
-redis.call('ZADD', KEYS[4], captured_ms - (sent_ms - now_ms), camera .. '/' .. seq)
+redis.call('ZADD', KEYS[4], captured_ms - skew_ms, camera .. '/' .. seq)
 redis.call('INCRBY', KEYS[6], #data)
 if last then return 'added' end
 return 'first'
 """
 )
 
-# A frame that never reaches the stream. Allowed on a server without memory: that is when frames are shed.
+# A frame that never reaches the stream. Allowed on a server without memory: that is when frames are shed. Replies as of
+# PUBLISH: shed, or gap N.
 # KEYS: ledger verdicts gaps tally
 SHED = (
     "#!lua flags=allow-oom\n"
@@ -129,23 +142,25 @@ SHED = (
     + _LOSE
     + """
 local product, camera, seq, captured_ns, first = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5]
-local reason, kept = ARGV[6], ARGV[7]
+local reason, kept, declare = ARGV[6], ARGV[7], ARGV[8]
 local last = redis.call('HGET', KEYS[1], camera .. ':last_seq')
-if last and tonumber(seq) <= tonumber(last) then return 0 end
+if last and tonumber(seq) <= tonumber(last) then return 'shed' end
 local ms = math.floor(tonumber(captured_ns) / 1e6)
 local expected = math.max(last and tonumber(last) + 1 or 0, tonumber(first))
+if tonumber(seq) > expected and declare ~= '1' then return string.format('gap %.0f', expected) end
 lose(KEYS[1], KEYS[4], KEYS[3], ms, camera, expected, tonumber(seq) - 1)
 count(KEYS[1], KEYS[4], ms, camera, 'captured', 1)
 count(KEYS[1], KEYS[4], ms, camera, 'shed', 1)
 count(KEYS[1], KEYS[4], ms, camera, 'shed.' .. reason, 1)
 redis.call('HSET', KEYS[1], camera .. ':last_seq', seq, camera .. ':last_captured_at_ns', captured_ns)
 answer_unknown(KEYS[2], kept, product, camera, seq, 'shed: ' .. reason, server_ms() - ms)
-return 1
+return 'shed'
 """
 )
 
-# Numbers that a run had and whose frames are known to be gone, as in a spool with a damaged record. Allowed like SHED.
-# KEYS: ledger gaps tally; ARGV: camera from to captured_at_ns first
+# Numbers that a run had and whose frames are known to be gone, as in a spool with a damaged record. Allowed like
+# SHED. Replies: lost, or gap N for numbers before these.
+# KEYS: ledger gaps tally; ARGV: camera from to captured_at_ns first declare
 LOST = (
     "#!lua flags=allow-oom\n"
     + COUNT
@@ -154,9 +169,11 @@ LOST = (
 local camera, captured_ns = ARGV[1], ARGV[4]
 local last = redis.call('HGET', KEYS[1], camera .. ':last_seq')
 local from = math.max(last and tonumber(last) + 1 or 0, math.min(tonumber(ARGV[2]), tonumber(ARGV[5])))
-if tonumber(ARGV[3]) < from then return 0 end
+if tonumber(ARGV[3]) < from then return 'lost' end
+local expected = math.max(last and tonumber(last) + 1 or 0, tonumber(ARGV[5]))
+if tonumber(ARGV[2]) > expected and ARGV[6] ~= '1' then return string.format('gap %.0f', expected) end
 lose(KEYS[1], KEYS[3], KEYS[2], math.floor(tonumber(captured_ns) / 1e6), camera, from, tonumber(ARGV[3]))
 redis.call('HSET', KEYS[1], camera .. ':last_seq', ARGV[3], camera .. ':last_captured_at_ns', captured_ns)
-return 1
+return 'lost'
 """
 )

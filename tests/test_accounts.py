@@ -95,6 +95,20 @@ def test_a_time_that_is_none_is_said(eventful, option):
     assert f"{option} 'yesterday': give a time" in str(result.exception)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--since", "1h", "--until", "2h"], "the shift ends at 2h, before it starts at 1h"),
+        (["--since", "60d"], "tallies are kept for 35 days"),
+        (["--since", "99999999d"], "give a time"),
+    ],
+)
+def test_a_span_that_cannot_be_told_is_said(eventful, arguments, said):
+    result = CliRunner().invoke(app, ["ledger", *arguments])
+    assert result.exit_code != 0
+    assert said in str(result.exception)
+
+
 @pytest.fixture
 def client(eventful):
     return TestClient(build_http(None, RedisAccounts(eventful), token="secret"))
@@ -109,7 +123,9 @@ def test_the_interface_answers_with_the_ledger(client):
     assert live["products"][0]["cameras"][0]["lost"] == 3
     shift = client.get("/api/v1/ledger?since=1h", headers=BEARER).json()
     assert shift["cameras"][0]["shed"] == {"drop_newest frames": 2}
-    assert client.get("/api/v1/ledger?since=soon", headers=BEARER).status_code == 400
+    for wrong in ("since=soon", "since=99999999d", "until=2h", "since=1h&until=2h"):
+        assert client.get(f"/api/v1/ledger?{wrong}", headers=BEARER).status_code == 400
+    assert client.get("/api/v1/ledger?since=1h&product=nut", headers=BEARER).json()["cameras"] == []
 
 
 @pytest.mark.parametrize("path", ["/api/v1/ledger", "/metrics"])

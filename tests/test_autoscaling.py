@@ -35,9 +35,11 @@ from producers.publisher import Publisher
 from producers.sequence import Sequence
 from producers.settings import PublisherSettings
 from workers.backlog import read_backlog
+from workers.deadlines import DeadlineWatch
 from workers.ledger import read_ledger
 from workers.pointers import Pointers
 from workers.reading import read_results
+from workers.settings import WorkerSettings
 
 BACKLOG = 120
 CONFIG = """
@@ -251,6 +253,23 @@ def test_backlog_adds_up_over_products(server):
     backlog = read_backlog(server)
     assert (backlog.lag, backlog.untaken, backlog.settled) == (5, 4, 9)
     assert backlog.oldest_s == pytest.approx(4.0, abs=1.0)
+
+
+@pytest.mark.parametrize("ahead_s", [-60, 60])
+def test_a_producers_clock_that_is_wrong_makes_no_frame_old(server, monkeypatch, ahead_s):
+    monkeypatch.setattr("producers.publisher.time.time_ns", lambda now=time.time_ns: now() + ahead_s * 10**9)
+    frame = Frame("bolt", "cam", 1, time.time_ns() - 4_000_000_000, Picture.encode(texture(1)))
+    Publisher(server, PublisherSettings()).publish(frame)
+    monkeypatch.undo()
+    assert read_backlog(server).oldest_s == pytest.approx(4.0, abs=1.0)
+
+
+def test_a_frame_that_has_its_verdict_is_no_longer_old(server):
+    publisher = Publisher(server, PublisherSettings())
+    publisher.publish(Frame("bolt", "cam", 1, time.time_ns() - 4_000_000_000, Picture.encode(texture(1))))
+    DeadlineWatch(server, WorkerSettings(takt_ms=500)).tick()
+    backlog = read_backlog(server)
+    assert (backlog.lag, backlog.oldest_s) == (1, None)
 
 
 def test_an_empty_server_has_no_backlog(server):

@@ -16,6 +16,7 @@ from cluster.cli import app
 from cluster.dead import drop_dead, list_dead, retry_dead
 from cluster.errors import ProctorError
 from producers import keys
+from producers.frame import Picture
 from producers.publisher import Publisher
 from producers.settings import PublisherSettings
 from workers.dead_letters import DeadLetters
@@ -286,3 +287,31 @@ def test_the_commands(server, valkey, monkeypatch, tmp_path):
     assert json.loads(run("drop", "--product", "bolt", "--all", "--json")) == {"done": 2, "gone": 0, "noted": 0}
     assert run("list") == "no dead letters\nbolt: 0 kept, 1 retried, 2 dropped, 0 trimmed\n"
     assert (account(server).dead, account(server).in_flight) == (2, 1)
+
+
+@pytest.mark.parametrize("captured_at_ns", ["nan", "inf", "0x10", "-5", "9" * 25])
+def test_a_dead_letter_without_a_time_goes_back_once_and_the_ledger_balances(server, letters, captured_at_ns):
+    bury(server, 1)
+    stream = RedisStream(server, "r", WorkerSettings())
+    server.xadd(keys.frames("bolt"), {"camera": "cam-1", "seq": "7", "captured_at_ns": captured_at_ns})
+    (entry,) = stream.read(8, 1)
+    stream.dead_letter(entry, "?", "malformed")
+    newest = next(iter(letters.of("bolt")))
+    assert letters.retry("bolt", newest.id) == "retried"
+    assert letters.retry("bolt", newest.id) == "gone"
+    assert server.xlen(keys.frames("bolt")) == 1
+    (product,) = read_ledger(server)
+    assert product.balanced
+    assert sum(camera.dead for camera in product.cameras) == 1
+
+
+def test_dead_letters_have_a_bound_in_bytes(server, letters):
+    stream = RedisStream(server, "r", WorkerSettings(dead_mb=1.0))
+    publisher = Publisher(server, PublisherSettings())
+    for seq in range(1, 9):
+        publisher.publish(new_frame(seq, picture=Picture("raw", (400, 250, 3), bytes(300_000))))
+    for entry in stream.read(8, 1):
+        stream.dead_letter(entry, "cam-1", "no good")
+    assert server.memory_usage(keys.dead("bolt"), samples=0) <= 2**20
+    assert 1 <= server.xlen(keys.dead("bolt")) <= 3
+    assert letters.counts("bolt").trimmed == 8 - server.xlen(keys.dead("bolt"))

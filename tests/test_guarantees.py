@@ -14,6 +14,7 @@ from producers.frame import Frame, Picture
 from producers.publisher import Published, Publisher
 from producers.settings import PublisherSettings
 from workers.deadlines import DeadlineWatch
+from workers.errors import StreamUnavailable
 from workers.ledger import CameraLedger, read_ledger
 from workers.redis_stream import RedisStream
 from workers.settings import WorkerSettings
@@ -63,7 +64,10 @@ def judge(stream: RedisStream, entries: list[Entry], verdict: str = "pass") -> s
     """Answer and settle entries as the loop does."""
     frames = [Frame.from_fields(entry.product, entry.fields) for entry in entries]
     late = stream.send_verdicts(
-        [VerdictMessage(f.product, f.camera, f.seq, verdict, 0.5, 0.25, "v1", "", 1.0) for f in frames]
+        [
+            VerdictMessage(f.product, f.camera, f.seq, verdict, 0.5, 0.25, "v1", "", 1.0, e.id)
+            for e, f in zip(entries, frames, strict=True)
+        ]
     )
     stream.settle(
         [
@@ -300,6 +304,19 @@ def test_each_product_has_its_own_takt(server):
     assert server.xlen(keys.verdicts("nut")) == 0
 
 
+def test_a_product_that_cannot_be_watched_takes_no_other_along(server):
+    products = ("bolt", "nut", "washer")
+    for product in products:
+        publisher(server).publish(replace(overdue(1), product=product))
+    broken = next(iter(server.smembers(keys.PRODUCTS))).decode()  # the one that is looked at first
+    server.delete(keys.unanswered(broken))
+    server.set(keys.unanswered(broken), "no set")
+    with pytest.raises(StreamUnavailable, match="WRONGTYPE"):
+        DeadlineWatch(server, WorkerSettings(takt_ms=500)).tick()
+    answered = {product for product in products if server.xlen(keys.verdicts(product))}
+    assert answered == {*products} - {broken}
+
+
 def test_a_late_frame_is_answered_within_its_takt(server):
     """The watch finds the frame by itself, while nobody reads the stream."""
     settings = WorkerSettings(takt_ms=400, takt_margin_ms=50)
@@ -371,3 +388,127 @@ def test_a_malformed_entry_that_names_its_frame_is_answered(server, stream):
     ((seq, verdict, _),) = verdicts(server)
     assert (seq, verdict) == (7, "unknown")
     assert account(server, "?").dead == 2
+
+
+def test_a_second_entry_of_a_counted_frame_is_neither_shed_nor_dead(server, stream):
+    """The server forgot a frame that a replica held, got it again, and saw the replica settle the first entry."""
+    pushing = publisher(server, policy="drop_oldest", max_in_flight=3)
+    for seq in (1, 2):
+        pushing.publish(new_frame(seq))
+    held = stream.read(8, 1)
+    forget_last(server, 1, [2])
+    pushing.publish(new_frame(3))
+    judge(stream, held)
+    assert numbers(server) == [2, 3]
+    pushing.publish(new_frame(4))
+    pushing.publish(new_frame(5))  # 2 must give way, and has been judged
+    assert numbers(server) == [3, 4, 5]
+    counts = account(server)
+    assert (counts.captured, counts.judged, counts.shed, counts.in_flight) == (5, 2, 0, 3)
+    assert sorted(seq for seq, *_ in verdicts(server)) == [1, 2]
+
+
+def test_a_second_entry_that_is_delivered_too_often_is_no_death(server, stream):
+    pushing = publisher(server)
+    for seq in (1, 2):
+        pushing.publish(new_frame(seq))
+    held = stream.read(8, 1)
+    forget_last(server, 1, [2])
+    pushing.publish(new_frame(3))
+    judge(stream, held)
+    again, third = stream.read(8, 1)
+    stream.dead_letter(again, "cam-1", "delivered 3 times without a verdict")
+    judge(stream, [third])
+    counts = account(server)
+    assert (counts.captured, counts.judged, counts.dead, counts.in_flight) == (3, 3, 0, 0)
+    assert numbers(server) == []
+
+
+def test_a_forgotten_entry_brings_no_second_verdict(server, stream):
+    pushing = publisher(server)
+    for seq in (1, 2):
+        pushing.publish(new_frame(seq))
+    held = stream.read(8, 1)
+    forget_last(server, 1, [2])
+    server.xdel(keys.frames("bolt"), held[1].id)
+    judge(stream, held)
+    pushing.publish(new_frame(3))
+    judge(stream, stream.read(8, 1), "fail")
+    assert [(seq, verdict) for seq, verdict, _ in verdicts(server)] == [(1, "pass"), (2, "fail"), (3, "fail")]
+
+
+@pytest.mark.parametrize("counted", ["shed", "lost"])
+def test_what_the_server_forgot_is_sent_before_a_note_is_counted(server, counted):
+    pushing = publisher(server)
+    for seq in range(1, 6):
+        pushing.publish(new_frame(seq))
+    forget_last(server, 2, [3, 4, 5])
+    if counted == "shed":
+        pushing.shed(new_frame(6), "drop_oldest spool", threading.Event())
+    else:
+        pushing.lose(new_frame(6), 6, threading.Event())
+    counts = account(server)
+    assert (counts.captured, getattr(counts, counted), counts.in_flight) == (6, 1, 5)
+    assert numbers(server) == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("camera", [b"\xff\xfe", b"a:b", b"x" * 500], ids=["no text", "colon", "long"])
+def test_what_names_no_camera_is_shed_under_a_question_mark(server, camera):
+    pushing = publisher(server, policy="drop_oldest", max_in_flight=2)
+    server.sadd(keys.PRODUCTS, "bolt")
+    server.xadd(keys.frames("bolt"), {"camera": camera, "seq": "1"})
+    for seq in (1, 2):
+        pushing.publish(new_frame(seq))
+    assert account(server, "?").shed == 1
+    assert account(server).in_flight == 2
+
+
+def test_another_group_protects_no_frame(server, stream):
+    pushing = publisher(server, policy="drop_oldest", max_in_flight=2)
+    for seq in (1, 2):
+        pushing.publish(new_frame(seq))
+    server.xgroup_create(keys.frames("bolt"), "a-monitor", id="0")
+    server.xgroup_create(keys.frames("bolt"), "zz-monitor", id="0")
+    stream.read(1, 1)
+    pushing.publish(new_frame(3))
+    assert numbers(server) == [1, 3]
+
+
+def test_a_gap_belongs_to_the_shift_of_its_frames(server):
+    now = datetime.now(UTC)
+    pushing = publisher(server)
+    for seq, age in ((1, 180), (5, 120)):
+        captured_at_ns = int((now - timedelta(minutes=age)).timestamp() * 1e9)
+        pushing.publish(replace(new_frame(seq), captured_at_ns=captured_at_ns))
+    (early,) = read_shift(server, now - timedelta(hours=4), now - timedelta(minutes=150))
+    assert (early.lost, early.gaps) == (0, ())
+    (whole,) = read_shift(server, now - timedelta(hours=4))
+    assert (whole.lost, len(whole.gaps)) == (3, 1)
+
+
+def test_a_verdict_that_comes_too_late_is_none(server):
+    """No watch has looked yet, as after an outage: the verdict is `unknown` all the same."""
+    stream = RedisStream(server, "r", WorkerSettings(takt_ms=500))
+    pushing = publisher(server)
+    for frame in (overdue(1), overdue(2, 0.0)):
+        pushing.publish(frame)
+    assert judge(stream, stream.read(8, 1)) == {"bolt/cam-1/1"}
+    late, in_time = verdicts(server)
+    assert late == (1, "unknown", "late: no verdict within 500 ms")
+    assert in_time[:2] == (2, "pass")
+    assert account(server).verdicts == {"pass": 1, "unknown": 1, "late": 1}
+
+
+def test_a_frame_that_was_long_on_its_way_moves_no_clock(server, monkeypatch):
+    pushing = publisher(server)
+    for seq in range(1, 4):
+        pushing.publish(new_frame(seq))
+    monkeypatch.setattr("producers.publisher.time.time_ns", lambda now=time.time_ns: now() - 11 * 10**9)
+    pushing.publish(new_frame(4))
+    monkeypatch.undo()
+    assert abs(account(server).skew_ms) < 400
+
+
+def test_a_short_takt_keeps_most_of_its_time(server):
+    assert WorkerSettings(takt_ms=8).margin_of(8.0) == 2.0
+    assert WorkerSettings(takt_ms=800).margin_of(800.0) == 10.0

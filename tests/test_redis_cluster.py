@@ -10,7 +10,7 @@ from cluster.connection import connect
 from cluster.errors import ServerError
 from models.registry import Registry
 from producers import keys
-from producers.publisher import Publisher
+from producers.publisher import Published, Publisher
 from producers.settings import PublisherSettings
 from workers.dead_letters import DeadLetters
 from workers.errors import StreamUnavailable
@@ -121,6 +121,22 @@ def test_dead_letters_claims_and_lost_scripts(client, stream):
     assert letters.retry("bolt", letter.id) == "retried"
     assert {entry.product for entry in [*stream.read(8, 0), *stream.read(8, 0)]} == {"bolt"}
     assert all(ledger.balanced for ledger in read_ledger(client))
+
+
+def test_a_node_without_memory_sheds_the_frames_of_its_own_products_only(client, cluster):
+    tight = node_of(keys.frames("nut"), cluster)
+    publish(client, 1, 1)  # the products are known, so that only frames meet the bound
+    with tight.client() as admin:
+        # reached by the share of it that counts as full, and far from refusing anything by itself
+        admin.config_set("maxmemory", 10 * int(admin.info("memory")["used_memory"]))
+        try:
+            publisher = Publisher(client, PublisherSettings(policy="drop_newest", memory_share=0.01))
+            outcomes = [{p: publisher.publish(new_frame(seq, p)) for p in PRODUCTS} for seq in (2, 3, 4)]
+        finally:
+            admin.config_set("maxmemory", 0)
+    for outcome in outcomes:
+        shed = {product for product, published in outcome.items() if published is Published.SHED}
+        assert shed == {product for product in PRODUCTS if node_of(keys.frames(product), cluster) is tight}
 
 
 def test_jobs_pointers_and_reports(client, cluster, registry: Registry):

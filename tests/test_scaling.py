@@ -63,7 +63,7 @@ def loads(draw: st.DrawFn) -> Figures:
 @pytest.mark.parametrize(
     ("load", "current", "wanted", "reason"),
     [
-        (figures(0), 3, 1, "nothing waits, 1 suffice"),
+        (figures(0), 3, 1, "nothing waits, 1 will do"),
         (figures(840, 0, 40), 1, 3, "lag 840 needs 3 to drain in 10 s"),
         (figures(840, 0, 40), 2, 3, "lag 840 needs 3 to drain in 10 s"),
         (figures(10_000, 0, 40), 2, 5, "lag 10000 needs 25 to drain in 10 s, 5 is the most"),

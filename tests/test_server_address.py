@@ -54,13 +54,14 @@ def test_sentinels_may_have_a_password_of_their_own():
         ("", "should begin with redis://, rediss://, unix://, redis\\+sentinel://"),
         ("http://:secret@h", "should begin with redis://"),
         ("redis+ring://:secret@h", "should begin with redis://"),
-        ("redis://:secret@h:x", "port 'x' of host 'h' is not a number from 1 to 65535"),
-        ("redis://:secret@h:0", "port '0'"),
+        ("redis://:secret@h:x", "cannot be read: the port of host 'h' is not a number from 1 to 65535"),
+        ("redis://:secret@h:0", "the port of host 'h' is not a number"),
+        ("redis://:secret", "the port of its host is not a number"),
         ("redis://:secret@a,b/0", "names several hosts: begin it with redis\\+sentinel:// or redis\\+cluster://"),
         ("redis://:secret@a/line", "ends in /line: a database is a number"),
         ("redis+sentinel://:secret@a:1,b:2", "names no service: end it with /SERVICE"),
         ("redis+cluster://:secret@a/1", "ends in /1: a cluster has database 0 only"),
-        ("redis://:secret@h?socket_timeout=x", "Invalid value for 'socket_timeout'"),
+        ("redis://:secret@h?socket_timeout=x", "has an invalid value for the option 'socket_timeout'"),
         ("rediss://:secret@h?ssl_ca_certs=/none", "ssl_ca_certs=/none: no such file on this machine"),
     ],
 )
@@ -70,6 +71,57 @@ def test_what_is_no_address_is_said_in_one_line(url, said):
     assert "secret" not in str(caught.value)
     with pytest.raises(ServerError, match=f"^redis.url is not a Redis address: .*{said}"):
         connect(url)
+
+
+SECRETS = [
+    *(
+        "hunter2/xyzzy",
+        "hunter2#xyzzy",
+        "hunter2?xyzzy",
+        "6379?xyzzy",
+        "6379?xyzzy=plugh",
+        "6379/1?xyzzy",
+        "6379#xyzzy",
+    ),
+    *("hunter2@xyzzy/plugh", "hunter2@xyzzy?plugh", "hunter2@xyzzy#plugh", "hunter2@xyzzy:plugh/1"),
+]
+FORMS = [
+    *("redis://user:{}@127.0.0.1:1/0", "rediss://:{}@127.0.0.1:1", "unix://user:{}@/none/a.sock"),
+    *("redis+sentinel://user:{}@127.0.0.1:1/line/0", "redis+cluster://user:{}@127.0.0.1:1"),
+]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("secret", SECRETS)
+def test_a_password_that_must_be_encoded_is_not_shown(form, secret):
+    for wrong in (form.format(secret), form.replace("user:", "").replace(":{}", "{}").format(secret)):
+        with pytest.raises(AddressError, match=r"cannot be read: .*special character .* must be percent-encoded") as e:
+            ServerAddress.parse(wrong)
+        with pytest.raises(ServerError, match=r"must be percent-encoded") as connected:
+            connect(wrong)
+        for message in (str(e.value), str(connected.value)):
+            assert not any(part in message for part in ("hunter2", "xyzzy", "plugh", "6379"))
+            assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    "secret", ["hunter2@xyzzy", "hunter2:xyzzy", "hunter2%xyzzy", "[hunter2]xyzzy", "hunter2℀xyzzy"]
+)
+@pytest.mark.parametrize("form", FORMS)
+def test_a_password_that_can_be_read_is_not_shown_either(form, secret):
+    assert ServerAddress.parse(form.format(secret)).options["password"] == secret
+    with pytest.raises(ServerError) as caught:
+        connect(form.format(secret), timeout_s=1)
+    assert not any(part in str(caught.value) for part in ("hunter2", "xyzzy", "percent-encoded"))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_special_character_of_a_password_may_be_encoded(form):
+    assert ServerAddress.parse(form.format("%2F%3F%23%40%3A%25")).options["password"] == "/?#@:%"
+
+
+def test_the_path_of_a_socket_may_hold_what_a_password_may_not():
+    assert ServerAddress.parse("unix:///run/a@b:c.sock").shown == "unix:///run/a@b:c.sock"
 
 
 @pytest.mark.parametrize("url", ["redis://h?no=1", "redis+sentinel://h/line?no=1"])

@@ -1,7 +1,10 @@
 """The spools below a home: where they are, and that a camera follows an application that starts anew elsewhere."""
 
 import os
+import socketserver
 import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -11,6 +14,7 @@ from conftest import MortalServer, new_frame
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
+from cluster import connection as connection_module
 from cluster.config import ProctorConfig
 from cluster.run_state import RunState
 from cluster.spools import replay_spools, spooled_publisher
@@ -61,6 +65,47 @@ def test_a_camera_follows_an_application_that_starts_anew_elsewhere(config, mort
     (product,) = read_ledger(server)
     assert product.balanced
     assert len(said) == 2
+    first.close()
+
+
+class Loading(socketserver.StreamRequestHandler):
+    """A server that reads its data: it greets and answers INFO, and says LOADING to whoever wants a key."""
+
+    def handle(self) -> None:
+        while head := self.rfile.readline():
+            words = [self.rfile.read(int(self.rfile.readline()[1:]) + 2).strip() for _ in range(int(head[1:]))]
+            if words[0] == b"EXISTS":
+                self.server.asked.set()
+            answers = {
+                b"INFO": b"$19\r\nredis_version:8.0.0\r\n",
+                b"HELLO": b"%1\r\n+proto\r\n:3\r\n",
+                b"CLIENT": b"+OK\r\n",
+            }
+            self.wfile.write(answers.get(words[0], b"-LOADING the dataset is in memory soon\r\n"))
+
+
+@pytest.fixture
+def loading() -> Iterator[socketserver.ThreadingTCPServer]:
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Loading) as listening:
+        listening.daemon_threads, listening.block_on_close, listening.asked = True, False, threading.Event()
+        thread = threading.Thread(target=listening.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield listening
+        listening.shutdown()
+        thread.join()
+
+
+def test_a_push_ends_at_once_though_the_new_address_still_reads_its_data(config, mortal, loading, monkeypatch):
+    monkeypatch.setattr(connection_module, "LOADING_PATIENCE_S", 8)
+    first = runs_at(config, mortal.url)
+    mortal.kill()
+    with spooled_publisher(config, "bolt", "cam-1", first, lambda _: None) as publisher:
+        runs_at(config, f"redis://127.0.0.1:{loading.server_address[1]}/0").close()
+        assert publisher.publish(new_frame(1)) is Published.SPOOLED
+        assert loading.asked.wait(timeout=10)
+        began_at = time.monotonic()
+    assert time.monotonic() - began_at < 4
+    assert publisher.counts().waiting == 1
     first.close()
 
 

@@ -178,6 +178,23 @@ def test_the_log_is_summed_up_and_what_is_older_than_a_day_goes(shelf, monkeypat
     assert shelf.fold().rows == 1  # a table whose log begins with a checkpoint takes rows all the same
 
 
+@pytest.mark.parametrize("torn", [b"", b'{"version":1', b"\xff", b"{}", b"[]", b'{"version":null}'])
+def test_a_torn_note_of_the_last_checkpoint_is_replaced_by_the_next(shelf, monkeypatch, torn):
+    monkeypatch.setattr(upkeep_module, "CHECKPOINT_COMMITS", 4)
+    note = Path(shelf.table.root, "_delta_log", "_last_checkpoint")
+    for seq in range(5):
+        shelf.write(seq)
+        shelf.fold()
+    upkeep(shelf)
+    first = json.loads(note.read_bytes())["version"]
+    note.write_bytes(torn)
+    shelf.write(5)
+    assert shelf.fold().rows == 1
+    upkeep(shelf)
+    assert json.loads(note.read_bytes())["version"] > first
+    assert len(shelf.read()) == 6
+
+
 def test_what_killed_writers_left_goes_once_it_is_old(shelf):
     shelf.write(1)
     folder = Path(shelf.uri, "segments")

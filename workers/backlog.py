@@ -1,6 +1,5 @@
 """What waits in the streams of all products, read with a few cheap commands: autoscaling looks twice a second."""
 
-import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +9,7 @@ from producers import keys
 from producers.redis_errors import REDIS_ERRORS, trouble
 from workers.errors import StreamUnavailable
 
-# One step, since entries and counts belong together; only sums leave the server. KEYS frames, ledger, waiting.
+# One step, since entries and counts belong together; only sums leave the server. KEYS frames, ledger, unanswered.
 _BACKLOG = """
 local pending, settled = 0, 0
 if redis.call('EXISTS', KEYS[1]) == 1 then
@@ -25,7 +24,12 @@ for i = 1, #counts, 2 do
   local what = string.match(counts[i], ':([%a_]+)$')
   if what == 'judged' or what == 'dead' then settled = settled + tonumber(counts[i + 1]) end
 end
-return {redis.call('XLEN', KEYS[1]), pending, settled, redis.call('ZRANGE', KEYS[3], 0, 0, 'WITHSCORES')}
+local oldest_ms, oldest = -1, redis.call('ZRANGE', KEYS[3], 0, 0, 'WITHSCORES')
+if #oldest > 0 then
+  local now = redis.call('TIME')
+  oldest_ms = math.max(0, now[1] * 1000 + math.floor(now[2] / 1000) - tonumber(oldest[2]))
+end
+return {redis.call('XLEN', KEYS[1]), pending, settled, oldest_ms}
 """
 
 
@@ -37,7 +41,8 @@ class Backlog:
         lag: entries that are not settled yet.
         untaken: those of them that no replica has taken.
         settled: entries that were ever judged or dead-lettered, by the ledger.
-        oldest_s: age of the oldest waiting frame, seconds since its capture; None if none waits.
+        oldest_s: age of the oldest frame without a verdict, seconds since its capture, in the server's clock; None if
+            all have theirs.
     """
 
     lag: int
@@ -67,8 +72,7 @@ def read_backlog(server: redis.Redis) -> Backlog:
 
 
 def _of_product(server: redis.Redis, product: str) -> Backlog:
-    of = (keys.frames, keys.ledger, keys.waiting)
+    of = (keys.frames, keys.ledger, keys.unanswered)
     reply: Any = server.register_script(_BACKLOG)(keys=[key(product) for key in of], args=[keys.GROUP])
-    lag, pending, settled, oldest = reply
-    oldest_s = max(0.0, time.time() - float(oldest[1]) / 1000) if oldest else None
-    return Backlog(lag, max(0, lag - pending), settled, oldest_s)
+    lag, pending, settled, oldest_ms = reply
+    return Backlog(lag, max(0, lag - pending), settled, None if oldest_ms < 0 else oldest_ms / 1000)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
+import pyarrow as pa
 import redis
 
 from workers.compactor import Compactor, Folded
@@ -92,6 +93,7 @@ class CompactorLoop:
             self._segments.remove_leftovers()
             self._upkeep.run(lambda: go_on() and held())
             self._measure()
+        pa.default_memory_pool().release_unused()  # until the next round it only sleeps
         return folded
 
     # --- reports
@@ -117,12 +119,21 @@ class CompactorLoop:
             if stop.wait(_REPORT_EVERY_S):
                 return
 
+    def _waiting(self) -> int:
+        """Closed segments now; in an object store, where looking costs, at the end of the last round."""
+        if "://" in self._uri and not self._uri.startswith("file://"):
+            return self._progress.waiting
+        try:
+            return len(self._segments.closed())
+        except WorkerError:
+            return self._progress.waiting
+
     def state(self) -> dict[str, Any]:
         """This compactor's state, see `workers.reports`."""
         return {
             "pid": os.getpid(),
             "node": socket.gethostname(),
-            "waiting": self._progress.waiting,
+            "waiting": self._waiting(),
             **self._figures,
             "trouble": self.trouble,
         }

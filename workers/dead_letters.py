@@ -12,7 +12,7 @@ from typing import Any
 import redis
 
 from producers import keys
-from producers.counting import COUNT
+from producers.counting import COUNT, NAMED
 from producers.redis_errors import REDIS_ERRORS, trouble
 from workers.errors import StreamUnavailable
 
@@ -24,7 +24,7 @@ _LIST = """
 local rows = {}
 for _, entry in ipairs(redis.call('XREVRANGE', KEYS[1], ARGV[1], '-', 'COUNT', ARGV[2])) do
   local fields, found, size = entry[2], {camera = '', seq = '', captured_at_ns = ''}, 0
-  for i = 3, #fields, 2 do
+  for i = 5, #fields, 2 do
     if found[fields[i]] == '' then found[fields[i]] = string.sub(fields[i + 1], 1, ARGV[3]) end
     size = size + #fields[i] + #fields[i + 1]
   end
@@ -33,33 +33,29 @@ end
 return rows
 """
 
-# One step, which begins with what a full server refuses and ends with the deletion that makes a repetition harmless.
-# KEYS dead, frames, ledger, waiting, dead_counts, held, tally; ARGV the id. An entry is in flight under its camera's
-# name if its death was counted there and it is not in flight already. Else its count is taken back, as if a producer
-# without ledger had just written it: it is counted again when it is settled.
+# One step, which looks at everything before it writes, begins with what a full server refuses and ends with the
+# deletion that makes a repetition harmless. KEYS dead, frames, ledger, waiting, dead_counts, held, tally; ARGV the id.
+# `account` says who was charged for the death. An entry is in flight again under its camera's name if that was the one
+# and it is not in flight already. Else its count is taken back, as if a producer without ledger had just written it: it
+# is counted again when it is settled.
 _RETRY = (
     COUNT
+    + NAMED
     + """
-local function is_dead(camera) return tonumber(redis.call('HGET', KEYS[3], camera .. ':dead') or 0) > 0 end
-
 local entry = redis.call('XRANGE', KEYS[1], ARGV[1], ARGV[1])[1]
 if not entry then return 'gone' end
 local fields, of = entry[2], {}
-if #fields < 4 or (#fields == 4 and fields[3] == 'fields') then return 'noted' end
-for i = 3, #fields, 2 do of[fields[i]] = of[fields[i]] or fields[i + 1] end
-redis.call('XADD', KEYS[2], '*', unpack(fields, 3))
-local own, seq = of.camera or '', of.seq or ''
-local camera = is_dead(own) and own or is_dead('?') and '?'
-if camera then
-  local at_ms = math.floor((tonumber(of.captured_at_ns) or 0) / 1e6)
-  local named = camera == own and (seq == '0' or string.find(seq, '^[1-9]%d*$'))
-  local when = named and at_ms or tonumber(string.match(ARGV[1], '^%d+'))
-  count(KEYS[3], KEYS[7], when, camera, 'dead', -1)
-  if named and redis.call('ZADD', KEYS[4], at_ms, own .. '/' .. seq) == 1 then
-    redis.call('INCRBY', KEYS[6], #(of.data or ''))
-  else
-    count(KEYS[3], KEYS[7], when, camera, 'captured', -1)
-  end
+if #fields < 6 or (#fields == 6 and fields[5] == 'fields') then return 'noted' end
+local camera, ms = string.match(fields[4], '^(.*) (%d+)$')
+for i = 5, #fields, 2 do of[fields[i]] = of[fields[i]] or fields[i + 1] end
+local own, seq, at_ns = of.camera or '', of.seq or '', of.captured_at_ns or ''
+local ours = camera == own and is_named(own, seq) and #at_ns < 20 and string.match(at_ns, '^%d+$')
+redis.call('XADD', KEYS[2], '*', unpack(fields, 5))
+count(KEYS[3], KEYS[7], tonumber(ms), camera, 'dead', -1)
+if ours and redis.call('ZADD', KEYS[4], ms, own .. '/' .. seq) == 1 then
+  redis.call('INCRBY', KEYS[6], #(of.data or ''))
+else
+  count(KEYS[3], KEYS[7], tonumber(ms), camera, 'captured', -1)
 end
 redis.call('XDEL', KEYS[1], ARGV[1])
 redis.call('HINCRBY', KEYS[5], 'retried', 1)
@@ -74,9 +70,14 @@ redis.call('HINCRBY', KEYS[2], 'dropped', 1)
 return 'dropped'
 """
 
-# KEYS dead, dead_counts; ARGV how many stay.
+# KEYS dead, dead_counts; ARGV how many stay, and in how many bytes; the newest stays however large it is.
 _TRIM = """
 local trimmed = redis.call('XTRIM', KEYS[1], 'MAXLEN', '=', ARGV[1])
+local left = redis.call('XLEN', KEYS[1])
+while left > 1 and redis.call('MEMORY', 'USAGE', KEYS[1], 'SAMPLES', 0) > tonumber(ARGV[2]) do
+  trimmed = trimmed + redis.call('XTRIM', KEYS[1], 'MAXLEN', '=', left - math.max(1, math.floor(left / 8)))
+  left = redis.call('XLEN', KEYS[1])
+end
 if trimmed > 0 then redis.call('HINCRBY', KEYS[2], 'trimmed', trimmed) end
 return trimmed
 """
@@ -195,15 +196,16 @@ class DeadLetterBound:
     Args:
         server: a client that returns bytes.
         kept: how many of each product stay.
+        kept_bytes: in how much of the server's memory.
     """
 
-    def __init__(self, server: redis.Redis, kept: int) -> None:
-        self._kept = kept
+    def __init__(self, server: redis.Redis, kept: int, kept_bytes: int) -> None:
+        self._bounds = (kept, kept_bytes)
         self._trim = server.register_script(_TRIM)
 
     def trim(self, product: str) -> None:
         """Trim a product's stream; cut short after an entry was added, the next entry makes up for it."""
-        self._trim(keys=[keys.dead(product), keys.dead_counts(product)], args=[self._kept])
+        self._trim(keys=[keys.dead(product), keys.dead_counts(product)], args=list(self._bounds))
 
 
 def _text(value: bytes) -> str:

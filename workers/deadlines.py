@@ -14,6 +14,7 @@ from producers.redis_errors import REDIS_ERRORS, trouble
 from workers.errors import StreamUnavailable
 from workers.settings import WorkerSettings
 from workers.settling import EXPIRE
+from workers.slotwise import for_each
 
 logger = logging.getLogger(__name__)
 
@@ -49,11 +50,12 @@ class DeadlineWatch:
         """Answer what is due; return the seconds until it is worth to look again.
 
         Raises:
-            StreamUnavailable: Redis does not answer.
+            StreamUnavailable: Redis does not answer, or not for every product; see `for_each` for the others.
         """
+        waits: list[float] = []
         try:
             products: Iterable[bytes] = self._server.smembers(keys.PRODUCTS)  # type: ignore[assignment]
-            waits = [self._answer(product.decode(errors="replace")) for product in products]
+            for_each(products, lambda product: waits.append(self._answer(product.decode(errors="replace"))))
         except REDIS_ERRORS as error:
             raise StreamUnavailable(trouble(error)) from error
         return max(_SHORTEST_S, min(waits, default=self._longest_s))
@@ -64,6 +66,6 @@ class DeadlineWatch:
             return self._longest_s
         _, left_ms = self._expire(
             keys=[keys.verdicts(product), keys.unanswered(product), keys.late(product)],
-            args=[product, keys.VERDICTS_KEPT, takt_ms, self._settings.takt_margin_ms],
+            args=[product, keys.VERDICTS_KEPT, takt_ms, self._settings.margin_of(takt_ms)],
         )
         return self._longest_s if left_ms < 0 else min(self._longest_s, left_ms / 1e3)

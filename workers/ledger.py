@@ -122,7 +122,7 @@ def _product(server: redis.Redis, product: str) -> ProductLedger:
     recent, latest = pipeline.execute()
     fields: dict[str, dict[str, Any]] = {}
     for name, count in counts:
-        camera, _, what = name.decode().rpartition(":")
+        camera, _, what = name.decode(errors="replace").rpartition(":")
         account = fields.setdefault(camera, {})
         if what in ("captured", "judged", "shed", "dead", "lost", "skew_ms"):
             account[what] = int(count)
@@ -131,7 +131,7 @@ def _product(server: redis.Redis, product: str) -> ProductLedger:
         elif what.startswith("shed."):
             account.setdefault("shed_by", {})[what.removeprefix("shed.")] = int(count)
     for member, captured_ms in waiting:
-        account = fields.setdefault(member.decode().rpartition("/")[0], {})
+        account = fields.setdefault(member.decode(errors="replace").rpartition("/")[0], {})
         account["in_flight"] = account.get("in_flight", 0) + 1
         account.setdefault("oldest_s", max(0.0, (now_ms - float(captured_ms)) / 1000))  # lowest score first
     for camera, rate in _rates(recent, now_ms).items():

@@ -188,7 +188,7 @@ class InspectionLoop:
         takt_ms = self._settings.takt_of(frame.product)
         if takt_ms is None:
             return math.inf
-        left_s = (frame.captured_at_ns - time.time_ns()) / 1e9 + (takt_ms - self._settings.takt_margin_ms) / 1e3
+        left_s = (frame.captured_at_ns - time.time_ns()) / 1e9 + (takt_ms - self._settings.margin_of(takt_ms)) / 1e3
         return time.monotonic() + left_s - 1.5 * self._judge_s
 
     # --- judging
@@ -206,7 +206,7 @@ class InspectionLoop:
         if not self._rows:
             self._rows_since = time.monotonic()
         for outcome in outcomes:
-            self._unsent.append(_verdict(self._keep(outcome)))
+            self._unsent.append(_verdict(self._keep(outcome), outcome.taken.entry.id))
         self.judged += len(batch)
         took_s = time.monotonic() - started
         self._judge_s = took_s if not self._judge_s else 0.8 * self._judge_s + 0.2 * took_s
@@ -365,7 +365,7 @@ def _logged(trouble: str, before: str | None) -> str:
     return trouble
 
 
-def _verdict(row: Row) -> VerdictMessage:
+def _verdict(row: Row, entry_id: bytes) -> VerdictMessage:
     return VerdictMessage(
         product=row.product,
         camera=row.camera,
@@ -376,4 +376,5 @@ def _verdict(row: Row) -> VerdictMessage:
         model_version=row.model_version or "",
         reason=row.reason or "",
         total_ms=row.total_ms,
+        id=entry_id,
     )

@@ -58,7 +58,7 @@ class RedisStream:
         self._answer = server.register_script(ANSWER)
         self._settle = server.register_script(SETTLE)
         self._dead_letter = server.register_script(DEAD_LETTER)
-        self._dead_bound = DeadLetterBound(server, settings.dead_kept)
+        self._dead_bound = DeadLetterBound(server, settings.dead_kept, int(settings.dead_mb * 2**20))
         self._idle_consumers = IdleConsumers(server, consumer, settings.consumer_idle_ms)
         self._slotwise = SlotwiseReader(self._read_streams) if is_cluster(server) else None
         self._products: tuple[str, ...] = ()
@@ -179,11 +179,11 @@ class RedisStream:
         groups = _by_product(verdicts)
 
         def answer(product: str) -> None:
-            args: list[str | int] = [product, keys.VERDICTS_KEPT]
+            args: list[str | bytes | int | float] = [product, keys.VERDICTS_KEPT, self._settings.takt_of(product) or 0]
             for verdict in groups[product]:
                 args += [verdict.camera, verdict.seq, verdict.verdict, repr(verdict.score), repr(verdict.threshold)]
-                args += [verdict.model_version, verdict.reason, f"{verdict.total_ms:.3f}"]
-            of = (keys.verdicts, keys.latest, keys.waiting, keys.unanswered, keys.late, keys.ledger)
+                args += [verdict.model_version, verdict.reason, f"{verdict.total_ms:.3f}", verdict.id]
+            of = (keys.verdicts, keys.latest, keys.waiting, keys.unanswered, keys.late, keys.ledger, keys.frames)
             answers = self._answer(keys=[key(product) for key in of], args=args)
             each = zip(groups[product], answers, strict=True)
             late.update(verdict.frame_id for verdict, answered in each if answered == LATE)

@@ -28,11 +28,16 @@ class WorkerSettings(BaseModel):
     product_takt_ms: dict[str, float] = Field(
         default={}, description="likewise, by product; set as products.NAME.takt_ms"
     )
-    takt_margin_ms: float = Field(default=10.0, ge=0, description="a late frame is answered so long before it is due")
+    takt_margin_ms: float = Field(
+        default=10.0,
+        ge=0,
+        description="a late frame is answered so long before it is due, a quarter of its takt at most",
+    )
     consumer_idle_ms: int = Field(
         default=3_600_000, ge=1000, description="a consumer that holds nothing and is silent for longer is removed"
     )
     dead_kept: int = Field(default=1000, ge=1, description="length of a product's dead-letter stream")
+    dead_mb: float = Field(default=64.0, gt=0, description="memory of a product's dead-letter stream")
     segment_rows: int = Field(default=256, ge=1)
     segment_ms: float = Field(default=200.0, ge=0, description="longest wait of a row for its segment")
     heartbeat_timeout_s: float = Field(default=20.0, gt=0, description="a loop silent for longer is replaced")
@@ -42,6 +47,10 @@ class WorkerSettings(BaseModel):
     def takt_of(self, product: str) -> float | None:
         """Return within how many milliseconds of its capture a frame is due, None for no limit."""
         return self.product_takt_ms.get(product, self.takt_ms)
+
+    def margin_of(self, takt_ms: float) -> float:
+        """Return how many milliseconds before a deadline a late frame is answered."""
+        return min(self.takt_margin_ms, takt_ms / 4)
 
 
 class ResultsSettings(BaseModel):

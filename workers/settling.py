@@ -6,28 +6,45 @@ that has no account, or with a number that its account does not know yet, came f
 is counted as captured here, so the ledger balances for foreign producers too.
 """
 
-from producers.counting import COUNT, UNKNOWN_VERDICT
+from producers.counting import COUNT, NAMED, UNKNOWN_VERDICT
 
 # What ANSWER says of each verdict.
 SENT, REPEATED, LATE = 1, 0, 2
 
-# Each frame has one verdict: a second one, after a redelivery or a passed deadline, is not sent.
-# KEYS: verdicts latest waiting unanswered late ledger; ARGV: product kept, then 8 a verdict
-ANSWER = """
-local product, kept, answers = ARGV[1], ARGV[2], {}
-for i = 3, #ARGV, 8 do
+# Each frame has one verdict: a second one, after a redelivery or a passed deadline, is not sent. One that comes after
+# the deadline, whether a watch has seen that or not, becomes `unknown`, late.
+# An entry that is not in the stream any more was forgotten by the server: the frame's next entry brings its verdict.
+# KEYS: verdicts latest waiting unanswered late ledger frames; ARGV: product kept takt_ms (0: none), then 9 a verdict,
+# its entry's id last
+ANSWER = (
+    COUNT
+    + UNKNOWN_VERDICT
+    + """
+local product, kept, takt_ms, answers, now = ARGV[1], ARGV[2], tonumber(ARGV[3]), {}, server_ms()
+for i = 4, #ARGV, 9 do
   local camera, seq, version = ARGV[i], ARGV[i + 1], ARGV[i + 5]
   local member = camera .. '/' .. seq
-  local answer = 1
-  if redis.call('ZREM', KEYS[4], member) == 0 then
+  local answer, total_ms = 1, tonumber(ARGV[i + 7])
+  local captured_ms = redis.call('ZSCORE', KEYS[4], member)
+  if captured_ms then
+    redis.call('ZREM', KEYS[4], member)
+    total_ms = now - tonumber(captured_ms)
+  else
     if redis.call('SISMEMBER', KEYS[5], member) == 1 then
       answer = 2
     elseif redis.call('ZSCORE', KEYS[3], member)
-        or tonumber(seq) <= tonumber(redis.call('HGET', KEYS[6], camera .. ':last_seq') or '-1') then
+        or tonumber(seq) <= tonumber(redis.call('HGET', KEYS[6], camera .. ':last_seq') or '-1')
+        or (ARGV[i + 8] ~= '' and #redis.call('XRANGE', KEYS[7], ARGV[i + 8], ARGV[i + 8]) == 0) then
       answer = 0
     end
   end
-  if answer == 1 then
+  if answer == 1 and takt_ms > 0 and total_ms > takt_ms then
+    answer = 2
+    if captured_ms then redis.call('SADD', KEYS[5], member) end
+    local reason = string.format('late: no verdict within %g ms', takt_ms)
+    answer_unknown(KEYS[1], kept, product, camera, seq, reason, total_ms)
+    redis.call('HSET', KEYS[2], camera, version .. ' unknown')
+  elseif answer == 1 then
     redis.call('XADD', KEYS[1], 'MAXLEN', '~', kept, '*', 'frame_id', product .. '/' .. member, 'camera', camera,
         'seq', seq, 'verdict', ARGV[i + 2], 'score', ARGV[i + 3], 'threshold', ARGV[i + 4],
         'model_version', version, 'reason', ARGV[i + 6], 'total_ms', ARGV[i + 7])
@@ -37,6 +54,7 @@ for i = 3, #ARGV, 8 do
 end
 return answers
 """
+)
 
 # KEYS: frames ledger waiting unanswered late held tally; ARGV: group, then id camera seq verdict bytes captured_ms
 SETTLE = (
@@ -71,6 +89,7 @@ return settled
 # KEYS: frames ledger waiting unanswered late held tally dead verdicts; ARGV: group id camera reason product kept
 DEAD_LETTER = (
     COUNT
+    + NAMED
     + UNKNOWN_VERDICT
     + """
 local entry = redis.call('XRANGE', KEYS[1], ARGV[2], ARGV[2])[1]
@@ -82,16 +101,24 @@ for i = 1, #fields, 2 do
   if fields[i] == 'seq' then seq = fields[i + 1] end
   if fields[i] == 'data' then size = #fields[i + 1] end
 end
-if #fields <= 64 then
-  redis.call('XADD', KEYS[8], '*', 'reason', ARGV[4], unpack(fields))
-else
-  redis.call('XADD', KEYS[8], '*', 'reason', ARGV[4], 'fields', #fields / 2)
-end
-redis.call('XDEL', KEYS[1], ARGV[2])
 local member = own .. '/' .. seq
 local ms = redis.call('ZSCORE', KEYS[3], member)
-if ms then
-  camera = own
+local last = tonumber(redis.call('HGET', KEYS[2], own .. ':last_seq') or '-1')
+local named = is_named(own, seq)
+if not ms and named and camera == own and tonumber(seq) <= last then
+  redis.call('XDEL', KEYS[1], ARGV[2])  -- a second entry of a frame that was counted
+  return 0
+end
+if ms then camera = own else ms = server_ms() end
+-- who was charged for it, and for which minute: a retry gives it back there
+local account = string.format('%s %.0f', camera, tonumber(ms))
+if #fields <= 64 then
+  redis.call('XADD', KEYS[8], '*', 'reason', ARGV[4], 'account', account, unpack(fields))
+else
+  redis.call('XADD', KEYS[8], '*', 'reason', ARGV[4], 'account', account, 'fields', #fields / 2)
+end
+redis.call('XDEL', KEYS[1], ARGV[2])
+if redis.call('ZSCORE', KEYS[3], member) then
   redis.call('ZREM', KEYS[3], member)
   redis.call('DECRBY', KEYS[6], size)
   local when = tonumber(ms)
@@ -100,10 +127,8 @@ if ms then
   end
   if redis.call('SREM', KEYS[5], member) == 1 then count(KEYS[2], KEYS[7], when, camera, 'late', 1) end
 else
-  ms = server_ms()
-  count(KEYS[2], KEYS[7], ms, camera, 'captured', 1)
-  local last = tonumber(redis.call('HGET', KEYS[2], own .. ':last_seq') or '-1')
-  if #own < 64 and string.match(own, '^%w[%w_.-]*$') and string.match(seq, '^%d+$') and tonumber(seq) > last then
+  count(KEYS[2], KEYS[7], tonumber(ms), camera, 'captured', 1)
+  if named and tonumber(seq) > last then
     answer_unknown(KEYS[9], ARGV[6], ARGV[5], own, seq, ARGV[4], 0)
   end
 end

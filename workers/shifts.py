@@ -48,7 +48,7 @@ class ShiftAccount:
         dead: frames that went to the dead letters.
         lost: frames lost, see `gaps`.
         in_flight: frames that still wait.
-        gaps: ranges of lost numbers found in the span.
+        gaps: ranges of lost numbers, each counted in the minute of the frame that showed it.
     """
 
     product: str
@@ -113,12 +113,13 @@ def _accounts(server: redis.Redis, product: str, first: int, last: int) -> Itera
     counts: dict[str, Counter[str]] = {}
     for hour, tally in zip(hours, tallies, strict=True):
         for name, count in zip(tally[::2], tally[1::2], strict=True):
-            minute, camera, what = name.decode().split(":", 2)
+            minute, camera, what = name.decode(errors="replace").split(":", 2)
             if first <= hour * 60 + int(minute) <= last:
                 counts.setdefault(camera, Counter())[what] += int(count)
     for member in waiting:
-        counts.setdefault(member.decode().rpartition("/")[0], Counter())["in_flight"] += 1
-    found = [_gap(entry_id, dict(zip(flat[::2], flat[1::2], strict=True))) for entry_id, flat in gaps]
+        counts.setdefault(member.decode(errors="replace").rpartition("/")[0], Counter())["in_flight"] += 1
+    named = [(entry_id, dict(zip(flat[::2], flat[1::2], strict=True))) for entry_id, flat in gaps]
+    found = [_gap(each, fields) for each, fields in named if first <= int(fields[b"at_ms"]) // _MINUTE_MS <= last]
     for camera in sorted(counts):
         yield _account(product, camera, counts[camera], tuple(gap for gap in found if gap.camera == camera))
 

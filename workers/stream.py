@@ -45,7 +45,9 @@ class Settlement:
 
 @dataclass(frozen=True, slots=True)
 class VerdictMessage:
-    """What goes out on `verdicts:{product}` the moment a frame is judged."""
+    """What goes out on `verdicts:{product}` the moment a frame is judged; `id` is that of the frame's
+    entry, empty for one that is surely in the stream.
+    """
 
     product: str
     camera: str
@@ -56,6 +58,7 @@ class VerdictMessage:
     model_version: str
     reason: str
     total_ms: float
+    id: bytes = b""
 
     @property
     def frame_id(self) -> str:

@@ -174,7 +174,12 @@ class Upkeep:
             raise self._table.unavailable("write", error) from None
 
     def _last_checkpoint(self, log: str) -> int:
+        """The version of the last checkpoint; 0 for none, and for a torn note of it, which the next one replaces."""
         if self._table.fs.get_file_info(f"{log}/_last_checkpoint").type == pafs.FileType.NotFound:
             return 0
         with self._table.fs.open_input_stream(f"{log}/_last_checkpoint") as source:
-            return int(json.loads(source.read())["version"])
+            note = source.read()
+        try:
+            return int(json.loads(note)["version"])
+        except (ValueError, TypeError, KeyError):
+            return 0

@@ -4,7 +4,8 @@
 
 Real processes: four cameras with their spools, two replicas with small networks, a compactor and a server behind a
 proxy. Faults come at random times, each kind as often as the others, drawn from the seed. At the end every frame that a
-camera took must have exactly one row, and the ledger must balance. `--seed` may be repeated, or a range as 1..5.
+camera took must have exactly one row and one verdict, every malformed entry must be dead, and the ledger must balance.
+`--seed` may be repeated, or a range as 1..5.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from typing import Any
 
 from benchmarks.faults.kinds import KINDS, drawn, is_small
 from benchmarks.faults.line import CAMERAS, PRODUCTS, Feed, Line, running_line, wait_until
+from benchmarks.faults.verdicts import VerdictWatch
 from benchmarks.machine import describe_machine
 from producers import keys
 from workers.ledger import read_ledger
@@ -54,7 +56,7 @@ def main() -> int:
         options.json.write_text(text)
     else:
         print(text, end="")
-    return 0 if document["balanced"] and not document["lost"] and not document["doubled"] else 1
+    return 0 if all(run["as_promised"] for run in runs) else 1
 
 
 def _seeds(given: list[str]) -> list[int]:
@@ -78,8 +80,9 @@ def _run(seed: int, options: argparse.Namespace) -> dict[str, Any]:
         started = time.monotonic()
         with running_line(Path(folder), results, Feed(options.frames, options.rate)) as line:
             line.client().config_set("appendfsync", options.fsync)
-            done = _harm(line, options, chance, started)
-            _let_end(line)
+            with VerdictWatch(line.client).running() as watch:
+                done = _harm(line, options, chance, started)
+                _let_end(line)
             seconds = time.monotonic() - started
             ledger = read_ledger(line.client())
         truth = [
@@ -88,7 +91,33 @@ def _run(seed: int, options: argparse.Namespace) -> dict[str, Any]:
             if member.role == "producer"
             for seq in range(1, member.options["frames"] + 1)
         ]
-        return _verdict(seed, ledger, truth, results, done) | {"seconds": round(seconds, 1)}
+        document = (
+            _account(seed, ledger, truth, results, done) | _verdicts(watch, truth) | {"seconds": round(seconds, 1)}
+        )
+        document["as_promised"] = _as_promised(document)
+        print(
+            f"seed {seed}: " + json.dumps({k: v for k, v in document.items() if k != "faults"}),
+            file=sys.stderr,
+            flush=True,
+        )
+        return document
+
+
+def _verdicts(watch: VerdictWatch, truth: list[str]) -> dict[str, int]:
+    return {
+        "without_verdict": sum(watch.counts[frame] == 0 for frame in truth),
+        "second_verdicts": sum(max(0, watch.counts[frame] - 1) for frame in truth),
+    }
+
+
+def _as_promised(document: dict[str, Any]) -> bool:
+    amiss = ("lost", "lost_in_ledger", "doubled", "in_flight", "shed", "without_verdict", "second_verdicts")
+    return (
+        document["balanced"]
+        and not any(document[name] for name in amiss)
+        and document["judged"] == document["frames"]
+        and document["dead"] == document["malformed"]
+    )
 
 
 def _harm(line: Line, options: argparse.Namespace, chance: random.Random, started: float) -> list[dict[str, Any]]:
@@ -127,7 +156,7 @@ def _let_end(line: Line) -> None:
     wait_until(ended, _ENDING_S, "the last frames")
 
 
-def _verdict(
+def _account(
     seed: int, ledger: list[Any], truth: list[str], results: Path, done: list[dict[str, Any]]
 ) -> dict[str, Any]:
     rows = Counter(read_results(str(results), columns=("frame_id",))["frame_id"].to_pylist())
@@ -138,7 +167,7 @@ def _verdict(
     }
     missing = [frame for frame in truth if frame not in rows]
     surplus = len(rows.keys() - set(truth))
-    document = {
+    return {
         "seed": seed,
         **counts,
         "lost": len(missing),
@@ -150,10 +179,6 @@ def _verdict(
         "faults": done,
         "missing": missing[:20],
     }
-    print(
-        f"seed {seed}: " + json.dumps({k: v for k, v in document.items() if k != "faults"}), file=sys.stderr, flush=True
-    )
-    return document
 
 
 @contextlib.contextmanager
