@@ -1,6 +1,7 @@
 """The ledger as it is read: what became of every frame."""
 
 import json
+import threading
 import time
 from dataclasses import asdict
 
@@ -51,7 +52,7 @@ def test_every_station_of_a_frame_is_counted(server, publisher, stream):
         publisher.publish(new_frame(seq, camera="cam-1"))
     publisher.publish(new_frame(1, camera="cam-2"))
     publisher.publish(new_frame(1, product="nut"))
-    publisher._give_up(new_frame(7, camera="cam-1"), "stopped")
+    publisher.shed(new_frame(7, camera="cam-1"), "stopped", threading.Event())
     entries = [entry for entry in stream.read(6, 1) if entry.product == "bolt"]
     assert len(entries) == 3
     say(stream, entries[:2], "pass", "v1")

@@ -1,5 +1,7 @@
 """Rounds of the compactor until told to stop, one compactor at a time, and what it reports of itself."""
 
+import contextlib
+import ctypes
 import logging
 import os
 import socket
@@ -25,6 +27,13 @@ _REPORT_EVERY_S = 1.0
 _LAST_ROUND_S = 20.0  # what is left by then is folded after the next start
 
 logger = logging.getLogger(__name__)
+
+
+def _give_memory_back() -> None:
+    """Return what a round left free: the process only sleeps until the next one, and the C library would keep it."""
+    pa.default_memory_pool().release_unused()
+    with contextlib.suppress(AttributeError, OSError):  # another C library than GNU's
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 class CompactorLoop:
@@ -93,7 +102,7 @@ class CompactorLoop:
             self._segments.remove_leftovers()
             self._upkeep.run(lambda: go_on() and held())
             self._measure()
-        pa.default_memory_pool().release_unused()  # until the next round it only sleeps
+        _give_memory_back()
         return folded
 
     # --- reports
