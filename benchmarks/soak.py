@@ -44,7 +44,8 @@ def main() -> None:
             "segments": ["segments"],
             "judged": ["judged"],
         }
-        plot(samples, rows, f"{options.frames:,} frames, an hour at ten a second", options.picture)
+        title = f"{options.frames:,} frames: {options.frames / 36_000:g} hours of a line of ten a second"
+        plot(samples, rows, title, options.picture)
 
 
 def _run(folder: Path, frames: int) -> tuple[dict[str, Any], list[Sample]]:
