@@ -107,19 +107,8 @@ def start_trainer(config: ProctorConfig, places: Places, *, detached: bool) -> A
         detached: outlive this driver.
     """
     products = {product: config.training_for(product) for product in config.products}
-    return (
-        ray.remote(TrainerActor)
-        .options(
-            name=TRAINER,
-            namespace=NAMESPACE,
-            lifetime="detached" if detached else None,
-            num_cpus=config.trainer.num_cpus,
-            num_gpus=config.trainer.num_gpus,
-            max_restarts=-1,
-            get_if_exists=True,
-        )
-        .remote(places, config.training, products)
-    )
+    actor = _named(TrainerActor, TRAINER, (config.trainer.num_cpus, config.trainer.num_gpus), detached=detached)
+    return actor.remote(places, config.training, products)
 
 
 def start_compactor(config: ProctorConfig, places: Places, *, detached: bool) -> Any:
@@ -130,15 +119,25 @@ def start_compactor(config: ProctorConfig, places: Places, *, detached: bool) ->
         places: server and stores.
         detached: outlive this driver.
     """
-    return (
-        ray.remote(CompactorActor)
-        .options(
-            name=COMPACTOR,
-            namespace=NAMESPACE,
-            lifetime="detached" if detached else None,
-            num_cpus=0,
-            max_restarts=-1,
-            get_if_exists=True,
-        )
-        .remote(places, config.results)
+    return _named(CompactorActor, COMPACTOR, (0.0, 0.0), detached=detached).remote(places, config.results)
+
+
+def _named(actor: type, name: str, reserved: tuple[float, float], *, detached: bool) -> Any:
+    """The one actor of a name, started anew when it dies; a detached one outlives this driver.
+
+    Args:
+        actor: its class.
+        name: how it is found.
+        reserved: CPUs and GPUs.
+        detached: outlive this driver.
+    """
+    num_cpus, num_gpus = reserved
+    return ray.remote(actor).options(
+        name=name,
+        namespace=NAMESPACE,
+        lifetime="detached" if detached else None,
+        num_cpus=num_cpus,
+        num_gpus=num_gpus,
+        max_restarts=-1,
+        get_if_exists=True,
     )

@@ -1,19 +1,18 @@
 """The command line `proctor`. Commands are thin: what they do is in the modules they import when they run."""
 
-import json
 import os
 import sys
-import threading
-from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from cluster.config import ProctorConfig, load_config
+from cluster.config import ProctorConfig
+from cluster.dead_commands import dead_app
 from cluster.errors import ProctorError
+from cluster.model_commands import models_app
+from cluster.terminal import Json, Product, choose, config_file, err, load, out, print_json, say, stop_on_signal, user
 
 app = typer.Typer(
     name="proctor",
@@ -21,19 +20,8 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-models_app = typer.Typer(help="Versions of a product's student.", no_args_is_help=True)
 app.add_typer(models_app, name="models")
-dead_app = typer.Typer(
-    help="Dead letters: entries that could not be read, or were delivered too often.", no_args_is_help=True
-)
 app.add_typer(dead_app, name="dead")
-
-_PIPE_WIDTH = 160  # what goes into a file or a pipe is not cut to a terminal's width
-out = Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH)
-err = Console(stderr=True, width=None if sys.stderr.isatty() else _PIPE_WIDTH)
-
-Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")]
-Product = Annotated[str, typer.Option("--product", "-p", help="Product's name.")]
 
 
 class ResultFormat(StrEnum):
@@ -61,45 +49,13 @@ class AclFormat(StrEnum):
     FILE = "file"
 
 
-@dataclass
-class _Common:
-    """Options before the command."""
-
-    config_file: Path | None = None
-    home: Path | None = None
-
-    def load(self) -> ProctorConfig:
-        return load_config(self.config_file, self.home)
-
-
-_common = _Common()
-
-
 @app.callback()
 def common(
     config: Annotated[Path | None, typer.Option("--config", help="Configuration file; else ./proctor.toml.")] = None,
     home: Annotated[Path | None, typer.Option("--home", help="Directory of the run state; else .proctor.")] = None,
 ) -> None:
     """Streaming visual inspection with teacher-student models."""
-    _common.config_file, _common.home = config, home
-
-
-def _print_json(document: Any) -> None:
-    sys.stdout.write(json.dumps(document, indent=2, default=str) + "\n")
-
-
-def _say(step: str) -> None:
-    err.print(f"[dim]· {step}[/dim]")
-
-
-def _stop_on_signal() -> threading.Event:
-    """An event that SIGINT and SIGTERM set, so that a command ends in order."""
-    import signal
-
-    stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
-    return stop
+    choose(config, home)
 
 
 # --- the application
@@ -114,17 +70,17 @@ def up(
     from cluster.launch import start_supervisor
     from cluster.supervisor import deploy_on_cluster, running_application
 
-    config = _common.load()
+    config = load()
     if address:
-        state = deploy_on_cluster(config, address, _say)
+        state = deploy_on_cluster(config, address, say)
     elif foreground:
-        with running_application(config, _say) as running:
-            stop = _stop_on_signal()
+        with running_application(config, say) as running:
+            stop = stop_on_signal()
             err.print(f"[green]running[/green] at {running.state.http_url}; Ctrl-C drains and ends")
             running.wait(stop)
         return
     else:
-        state = start_supervisor(config, _common.config_file, linked=False, say=_say).state
+        state = start_supervisor(config, config_file(), linked=False, say=say).state
     ending = f"proctor down --address {address}" if address else "proctor down"
     err.print(f"[green]running[/green] at {state.http_url}; `proctor status` watches, `{ending}` ends it")
 
@@ -135,11 +91,11 @@ def down(address: Annotated[str | None, typer.Option(help="The Ray cluster that 
     from cluster.launch import take_down
     from cluster.supervisor import remove_from_cluster
 
-    config = _common.load()
+    config = load()
     if address:
-        remove_from_cluster(config, address, _say)
+        remove_from_cluster(config, address, say)
     else:
-        take_down(config, _say)
+        take_down(config, say)
     err.print("[green]ended[/green]; nothing was lost: frames that waited are judged after the next `proctor up`")
 
 
@@ -153,13 +109,13 @@ def status(
     from cluster.run_state import redis_url_of
     from cluster.status import Status, render, show_live
 
-    server = connect(redis_url_of(_common.load()))
+    server = connect(redis_url_of(load()))
     if as_json:
-        _print_json(Status.read(server).as_dict())
+        print_json(Status.read(server).as_dict())
     elif once or not out.is_terminal:
         out.print(render(Status.read(server)))
     else:
-        show_live(server, out, _stop_on_signal().wait)
+        show_live(server, out, stop_on_signal().wait)
 
 
 @app.command()
@@ -176,9 +132,9 @@ def ledger(
     from cluster.run_state import redis_url_of
     from cluster.shift_report import shift_csv, shift_document, shift_table
 
-    accounts, start, end = RedisAccounts(connect(redis_url_of(_common.load()))).shift(since, until, product)
+    accounts, start, end = RedisAccounts(connect(redis_url_of(load()))).shift(since, until, product)
     if as_json or form is LedgerFormat.JSON:
-        _print_json(shift_document(accounts, start, end))
+        print_json(shift_document(accounts, start, end))
     elif form is LedgerFormat.CSV:
         sys.stdout.write(shift_csv(accounts))
     else:
@@ -204,7 +160,7 @@ def push(
     from producers.camera import Camera
     from producers.sources import open_source
 
-    config = _common.load()
+    config = load()
     if replay:
         _replay(config, source, (product, camera), as_json)
         return
@@ -212,10 +168,10 @@ def push(
         raise ProctorError("push needs a SOURCE, --product and --camera, or --replay: see `proctor push --help`")
     opened = open_source(source, config.publish)
     with_names = Camera(product, camera, opened, fps, loop)
-    server = connect_for_push(config, product, _say)
-    summary = push_frames(with_names, server, config, _stop_on_signal(), err)
+    server = connect_for_push(config, product, say)
+    summary = push_frames(with_names, server, config, stop_on_signal(), err)
     if as_json:
-        _print_json(summary.as_dict())
+        print_json(summary.as_dict())
     else:
         out.print(summary.line())
 
@@ -227,9 +183,9 @@ def _replay(config: ProctorConfig, source: str | None, only: tuple[str | None, s
 
     if source is not None:
         raise ProctorError(f"--replay sends what is in the spool and takes no source: leave {source} out")
-    replays = replay_spools(config, connect(redis_url_of(config)), only, _stop_on_signal(), _say)
+    replays = replay_spools(config, connect(redis_url_of(config)), only, stop_on_signal(), say)
     if as_json:
-        _print_json([each.as_dict() for each in replays])
+        print_json([each.as_dict() for each in replays])
     else:
         for each in replays:
             out.print(each.line(), markup=False, highlight=False)
@@ -267,7 +223,7 @@ def train(
     from models.settings import recipe_changes
     from workers.jobs import Jobs
 
-    config = _common.load()
+    config = load()
     chosen = {"detector": detector, "steps": steps, "seed": seed}
     overrides = (recipe_changes(recipe) if recipe else {}) | {k: v for k, v in chosen.items() if v is not None}
     if recipe and overrides["detector"] != recipe_changes(recipe)["detector"]:
@@ -275,11 +231,11 @@ def train(
     job = new_job(config, product, images or [], overrides)
     server = connect(redis_url_of(config))
     jobs = Jobs(server)
-    job = jobs.submit(job.model_copy(update={"promote": promote, "fresh": fresh, "creator": _user()}))
+    job = jobs.submit(job.model_copy(update={"promote": promote, "fresh": fresh, "creator": user()}))
     if wait:
         job = wait_for(jobs, job, err)
     if as_json:
-        _print_json(job.model_dump(mode="json"))
+        print_json(job.model_dump(mode="json"))
     if job.state == "failed":
         raise ProctorError(f"job {job.id} failed: {job.error}")
     if wait and not as_json:
@@ -297,9 +253,9 @@ def jobs(as_json: Json = False) -> None:
     from cluster.training import job_table
     from workers.jobs import Jobs
 
-    found = Jobs(connect(redis_url_of(_common.load()))).all()
+    found = Jobs(connect(redis_url_of(load()))).all()
     if as_json:
-        _print_json([job.model_dump(mode="json") for job in found])
+        print_json([job.model_dump(mode="json") for job in found])
     else:
         out.print(job_table(found) if found else "no jobs yet: `proctor train` queues one")
 
@@ -314,126 +270,17 @@ def approve(
     """Record that frames show normal pieces; the next training learns them."""
     from workers.approvals import Approvals
 
-    config = _common.load()
+    config = load()
     if frame_ids == ["-"]:
         frame_ids = sys.stdin.read().split()
         if not frame_ids:
             raise ProctorError("no frame ids on standard input: `proctor results --format ids` prints some")
     approvals = Approvals(config.datasets.uri, config.results.uri)
-    recorded = approvals.approve(frame_ids, "defect" if defect else "normal", by or _user())
+    recorded = approvals.approve(frame_ids, "defect" if defect else "normal", by or user())
     if as_json:
-        _print_json([approval.model_dump(mode="json") for approval in recorded])
+        print_json([approval.model_dump(mode="json") for approval in recorded])
     else:
-        out.print(f"recorded {len(recorded)} as {'defect' if defect else 'normal'} by {by or _user()}")
-
-
-@models_app.command("list")
-def models_list(product: Annotated[str | None, typer.Option("--product", "-p")] = None, as_json: Json = False) -> None:
-    """Versions of one product or of all."""
-    from cluster.versions import list_versions, version_table
-
-    found = list_versions(_common.load(), product)
-    if as_json:
-        _print_json(found)
-    else:
-        out.print(version_table(found) if found else "no versions yet: `proctor train` makes one")
-
-
-@models_app.command("show")
-def models_show(product: Product, version: Annotated[str | None, typer.Argument()] = None) -> None:
-    """Everything recorded of a version, as JSON; by itself of the one in service."""
-    from cluster.versions import show_version
-
-    _print_json(show_version(_common.load(), product, version))
-
-
-@models_app.command("promote")
-def models_promote(product: Product, version: Annotated[str, typer.Argument()]) -> None:
-    """Put a version into service; replicas swap between two batches."""
-    from cluster.versions import promote_version
-
-    promote_version(_common.load(), product, version)
-    out.print(f"{product}: version {version}, replicas take it over")
-
-
-@models_app.command("rollback")
-def models_rollback(product: Product) -> None:
-    """Put the previous version back into service."""
-    from cluster.versions import roll_back
-
-    out.print(f"{product}: version {roll_back(_common.load(), product)}, replicas take it over")
-
-
-@models_app.command("export")
-def models_export(
-    product: Product, version: Annotated[str, typer.Argument()], to: Annotated[Path, typer.Option()]
-) -> None:
-    """Copy a version's student.safetensors and model.json into a folder."""
-    from cluster.versions import export_version
-
-    export_version(_common.load(), product, version, to)
-    out.print(f"{product} {version} exported to {to}")
-
-
-# --- dead letters
-
-OneProduct = Annotated[str | None, typer.Option("--product", "-p", help="Only this product's.")]
-DeadIds = Annotated[list[str] | None, typer.Argument(help="Ids of entries, as `proctor dead list` shows them.")]
-DeadAll = Annotated[bool, typer.Option("--all", help="All that are there now.")]
-
-
-def _dead_letters() -> Any:
-    from cluster.connection import connect
-    from cluster.run_state import redis_url_of
-    from workers.dead_letters import DeadLetters
-
-    return DeadLetters(connect(redis_url_of(_common.load())))
-
-
-@dead_app.command("list")
-def dead_list(
-    product: OneProduct = None,
-    limit: Annotated[int, typer.Option(min=1, help="Only the newest N of each product.")] = 30,
-    as_json: Json = False,
-) -> None:
-    """What was given up, and why, newest first."""
-    from cluster.dead import list_dead
-
-    found = list_dead(_dead_letters(), product, limit)
-    if as_json:
-        _print_json(found.as_dict())
-        return
-    out.print(found.table() if found.letters else "no dead letters")
-    for line in found.lines():
-        out.print(line)
-
-
-@dead_app.command("retry")
-def dead_retry(
-    ids: DeadIds = None, product: OneProduct = None, everything: DeadAll = False, as_json: Json = False
-) -> None:
-    """Put entries back into their streams, to be judged after all."""
-    from cluster.dead import retry_dead
-
-    outcome = retry_dead(_dead_letters(), product, ids or [], everything)
-    if as_json:
-        _print_json(asdict(outcome))
-    else:
-        out.print(outcome.line("put back"))
-
-
-@dead_app.command("drop")
-def dead_drop(
-    ids: DeadIds = None, product: OneProduct = None, everything: DeadAll = False, as_json: Json = False
-) -> None:
-    """Delete entries for good; the ledger goes on to count them as dead."""
-    from cluster.dead import drop_dead
-
-    outcome = drop_dead(_dead_letters(), product, ids or [], everything)
-    if as_json:
-        _print_json(asdict(outcome))
-    else:
-        out.print(outcome.line("dropped"))
+        out.print(f"recorded {len(recorded)} as {'defect' if defect else 'normal'} by {by or user()}")
 
 
 # --- results
@@ -453,7 +300,7 @@ def results(
     """Results, each frame once, in order of capture."""
     from cluster.reading import read_selection, result_table, write_results
 
-    config = _common.load()
+    config = load()
     table = read_selection(config, product, since, verdict, heavy=form is ResultFormat.PARQUET)
     if form is ResultFormat.TABLE and to is not None:
         raise ProctorError("--out needs --format json, csv, parquet or ids")
@@ -468,9 +315,9 @@ def compact(as_json: Json = False) -> None:
     """One round of the compactor by hand; the application does them by itself."""
     from cluster.compacting import compact_once
 
-    done = compact_once(_common.load())
+    done = compact_once(load())
     if as_json:
-        _print_json(done.as_dict())
+        print_json(done.as_dict())
     else:
         out.print(done.line())
 
@@ -513,14 +360,14 @@ def evaluate(
     chosen = chosen_settings(recipe, names, option or [], {k: v for k, v in overrides.items() if v is not None})
     evaluations = evaluate_detectors(data, chosen, range(seeds), to, err)
     if as_json:
-        _print_json(as_document(evaluations))
+        print_json(as_document(evaluations))
     else:
         for table in evaluation_tables(evaluations):
             out.print(table.render())
     for line in remarks(evaluations):
-        _say(line)
+        say(line)
     if to is not None:
-        _say(f"report in {to / 'index.html'}")
+        say(f"report in {to / 'index.html'}")
 
 
 @app.command()
@@ -534,7 +381,7 @@ def demo(
 
     summary = run_demo(frames, keep, err)
     if as_json:
-        _print_json(summary.as_dict())
+        print_json(summary.as_dict())
     else:
         out.print(summary.render())
 
@@ -544,9 +391,9 @@ def doctor(as_json: Json = False) -> None:
     """Look for what is wrong with this machine, configuration and application."""
     from cluster.doctor import examine, findings_table
 
-    findings = examine(_common.load)
+    findings = examine(load)
     if as_json:
-        _print_json([finding.as_dict() for finding in findings])
+        print_json([finding.as_dict() for finding in findings])
     else:
         out.print(findings_table(findings))
     if any(finding.state == "wrong" for finding in findings):
@@ -575,15 +422,6 @@ def redis_acl(
     if not password_stdin:
         for role, password in zip(ROLES, passwords, strict=True):
             sys.stderr.write(f"{role.user}: password {password}\n")
-
-
-def _user() -> str:
-    import getpass
-
-    try:
-        return getpass.getuser()
-    except (OSError, KeyError):  # no entry for this user id, as in some containers
-        return "unknown"
 
 
 def main() -> None:

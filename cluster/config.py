@@ -10,7 +10,7 @@ import os
 import re
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
@@ -27,7 +27,7 @@ from cluster.serve_settings import ServeSettings
 from models.settings import TrainingSettings
 from producers.server_address import SCHEMES
 from producers.settings import Policy, PublisherSettings
-from workers.settings import ResultsSettings, WorkerSettings
+from workers.settings import LineSettings, ResultsSettings, WorkerSettings
 
 FILE_NAME = "proctor.toml"
 FILE_VARIABLE = "PROCTOR_CONFIG"
@@ -54,6 +54,9 @@ class RedisSettings(_Section):
 
     url: str = Field(default="", description="see producers.server_address; empty: embedded server")
     port: int = Field(default=0, ge=0, le=65535, description="of the embedded server; 0: a free one")
+    appendfsync: Literal["everysec", "always"] = Field(
+        default="everysec", description="when the embedded server's file is written to the disk"
+    )
     maxmemory_mb: int = Field(
         default=0, ge=0, description="memory of the embedded server; 0: a quarter of the machine's, at least 256"
     )
@@ -168,10 +171,10 @@ class ProctorConfig(BaseSettings):
         mine = self.products.get(product, ProductSettings())
         return self.publish.model_copy(update=mine.model_dump(exclude_none=True, include=_BOUNDS))
 
-    def worker_settings(self) -> WorkerSettings:
+    def worker_settings(self) -> LineSettings:
         """Return `[worker]` with the takt of every product that has its own."""
         takts = {name: product.takt_ms for name, product in self.products.items() if product.takt_ms is not None}
-        return self.worker.model_copy(update={"product_takt_ms": self.worker.product_takt_ms | takts})
+        return LineSettings(**self.worker.model_dump(), takts_ms=takts)
 
 
 def load_config(path: Path | None = None, home: Path | None = None) -> ProctorConfig:

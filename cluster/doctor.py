@@ -18,6 +18,7 @@ from cluster.errors import ProctorError
 from cluster.origin import check_origin
 from cluster.run_state import RunState
 from cluster.server import find_binary
+from cluster.spools import waiting_spools
 from models.errors import ModelError
 from workers.errors import WorkerError
 
@@ -50,7 +51,14 @@ def examine(load: Callable[[], ProctorConfig]) -> list[Finding]:
     except ProctorError as error:
         return [*findings, Finding("configuration", "wrong", str(error))]
     findings.append(Finding("configuration", "ok", f"home {config.home}"))
-    for what, look in (("disk", _disk), ("server", _server), ("teachers", _teachers), ("application", _application)):
+    looks = {
+        "disk": _disk,
+        "server": _server,
+        "spools": _spools,
+        "teachers": _teachers,
+        "application": _application,
+    }
+    for what, look in looks.items():
         findings += _attempt(what, lambda look=look: look(config))  # type: ignore[misc]
     return findings
 
@@ -106,6 +114,12 @@ def _server(config: ProctorConfig) -> Iterator[Finding]:
     client = connect(config.redis.url)
     yield Finding("server", "ok", shown_url(config.redis.url))
     client.close()
+
+
+def _spools(config: ProctorConfig) -> Iterator[Finding]:
+    for product, camera in waiting_spools(config):
+        detail = "holds frames that are in no ledger yet: `proctor push --replay` sends them, if no push runs"
+        yield Finding(f"spool {product}/{camera}", "notice", detail)
 
 
 def _teachers(config: ProctorConfig) -> Iterator[Finding]:

@@ -35,6 +35,7 @@ class PushSummary:
         replayed: published frames that waited in the spool before.
         lost: frames whose record in the spool was damaged.
         waiting: frames that stay in the spool, with the notes of shed ones.
+        gave_way: older frames in the stream, of any camera of the product, that were shed for these by `drop_oldest`.
     """
 
     product: str
@@ -46,6 +47,7 @@ class PushSummary:
     replayed: int = 0
     lost: int = 0
     waiting: int = 0
+    gave_way: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -57,6 +59,7 @@ class PushSummary:
         parts = [f"pushed {self.published} frames as {self.product}/{self.camera}, {rate:.1f} frames/s"]
         parts += [f"{self.replayed} of them through the spool"] if self.replayed else []
         parts += [f"{self.shed} not sent (shed)"] if self.shed else []
+        parts += [f"{self.gave_way} older ones shed for them"] if self.gave_way else []
         parts += [f"{self.lost} lost with a damaged spool"] if self.lost else []
         parts += [f"{self.waiting} wait in the spool: `proctor push --replay` sends them"] if self.waiting else []
         return ", ".join(parts)
@@ -89,7 +92,7 @@ class _WithoutSpool:
         return published
 
     def counts(self) -> SpoolCounts:
-        return SpoolCounts(published=self._published, shed=self._shed)
+        return SpoolCounts(published=self._published, shed=self._shed, gave_way=self._publisher.gave_way)
 
     def drain(self, stop: threading.Event) -> bool:
         return True
@@ -167,4 +170,5 @@ def _summary(camera: Camera, captured: int, counts: SpoolCounts, seconds: float)
         counts.replayed,
         counts.lost,
         counts.waiting + counts.notes,
+        counts.gave_way,
     )

@@ -22,9 +22,10 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_for
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO
+from typing import BinaryIO, Literal
 from urllib.parse import quote
 
 import psutil
@@ -77,13 +78,26 @@ dir {directory}
 pidfile {pidfile}
 daemonize no
 appendonly yes
-appendfsync everysec
+appendfsync {appendfsync}
 auto-aof-rewrite-min-size 512mb
 save ""
 maxmemory {maxmemory_mb}mb
 maxmemory-policy noeviction
 shutdown-on-sigterm now force
 """
+
+
+@dataclass(frozen=True)
+class ServerOptions:
+    """What a plant may choose of its own server.
+
+    Attributes:
+        maxmemory_mb: memory from which on it refuses frames; 0 takes a quarter of the machine's, at least 256.
+        appendfsync: when its append-only file is written to the disk: `everysec`, or `always`, before each answer.
+    """
+
+    maxmemory_mb: int = 0
+    appendfsync: Literal["everysec", "always"] = "everysec"
 
 
 class EmbeddedServer:
@@ -110,7 +124,7 @@ class EmbeddedServer:
         *,
         port: int | None = None,
         password: str | None = None,
-        maxmemory_mb: int = 0,
+        options: ServerOptions | None = None,
         start_timeout_s: float = 30.0,
     ) -> "EmbeddedServer":
         """Start a server on `directory` (made with mode 0700; data of an earlier run is loaded) and await it.
@@ -119,7 +133,7 @@ class EmbeddedServer:
             directory: where the server keeps its data, log, pid file and configuration.
             port: TCP port on the loopback address; None or 0 lets the operating system choose a free one.
             password: what clients must give; None takes a random one.
-            maxmemory_mb: memory from which on it refuses frames; 0 takes a quarter of the machine's, at least 256.
+            options: its memory, and when its file is written to the disk.
             start_timeout_s: seconds until it must answer; time spent loading its data does not count.
 
         Raises:
@@ -129,7 +143,7 @@ class EmbeddedServer:
         directory = directory.absolute()
         with _claimed(directory) as lock_fd:
             for _ in range(PORT_ATTEMPTS):
-                launch = _Launch(directory, _free_port(port), password, maxmemory_mb or _share_of_memory_mb())
+                launch = _Launch(directory, _free_port(port), password, options or ServerOptions())
                 try:
                     launch.spawn(binary, lock_fd)
                     return cls(launch, launch.await_ready(start_timeout_s))
@@ -155,9 +169,7 @@ class EmbeddedServer:
         """
         self.stop()
         launch = self._launch
-        again = EmbeddedServer.start(
-            launch.directory, port=self.port, password=launch.password, maxmemory_mb=launch.maxmemory_mb
-        )
+        again = EmbeddedServer.start(launch.directory, port=self.port, password=launch.password, options=launch.options)
         self._launch, self.pid = again._launch, again.pid
         self.unix_url = again.unix_url
 
@@ -186,10 +198,10 @@ class _PortTakenError(ServerError):
 class _Launch:
     """One attempt to start the server: its files, its process and its end."""
 
-    def __init__(self, directory: Path, port: int, password: str | None, maxmemory_mb: int) -> None:
+    def __init__(self, directory: Path, port: int, password: str | None, options: ServerOptions) -> None:
         self.directory = directory
         self.port = port
-        self.maxmemory_mb = maxmemory_mb
+        self.options = options
         self.password = password or secrets.token_urlsafe(24)
         self.config = directory / "server.conf"
         self.log = directory / "server.log"
@@ -244,7 +256,8 @@ class _Launch:
         text = _CONFIG.format(
             port=self.port,
             password=self.password,
-            maxmemory_mb=self.maxmemory_mb,
+            maxmemory_mb=self.options.maxmemory_mb or _share_of_memory_mb(),
+            appendfsync=self.options.appendfsync,
             socket=_quoted(self.socket),
             directory=_quoted(self.directory),
             pidfile=_quoted(_pidfile(self.directory)),

@@ -100,12 +100,17 @@ def replay_spools(
     say: Callable[[str], None],
 ) -> list[Replay]:
     """Send what the spools of cameras that are not pushing hold; `only` names a product, a camera, or None for all."""
-    replays = []
-    for folder in sorted(_home_of_spools(config).glob("*/*/")):
-        product, camera = folder.parent.name, folder.name
-        if only[0] in (None, product) and only[1] in (None, camera) and any(folder.glob("*.seg")):
-            replays.append(_replay(config, product, camera, server, stop, say))
-    return replays
+    return [
+        _replay(config, product, camera, server, stop, say)
+        for product, camera in waiting_spools(config)
+        if only[0] in (None, product) and only[1] in (None, camera)
+    ]
+
+
+def waiting_spools(config: ProctorConfig) -> list[tuple[str, str]]:
+    """Product and camera of every spool below `home` that holds something, those of running pushes too."""
+    folders = sorted(_home_of_spools(config).glob("*/*/"))
+    return [(folder.parent.name, folder.name) for folder in folders if any(folder.glob("*.seg"))]
 
 
 def _replay(

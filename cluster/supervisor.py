@@ -26,7 +26,7 @@ from cluster.errors import ProctorError, ServerError
 from cluster.guard import guarded
 from cluster.origin import check_origin
 from cluster.run_state import RunState
-from cluster.server import EmbeddedServer
+from cluster.server import EmbeddedServer, ServerOptions
 
 _OBJECT_STORE_BYTES = 128 * 2**20  # frames travel through Redis, so Ray's store stays almost empty
 
@@ -153,7 +153,8 @@ def _start_redis(config: ProctorConfig, stack: contextlib.ExitStack, say: Say) -
         connect(config.redis.url).close()
         return None
     say("starting the embedded Valkey")
-    server = EmbeddedServer.start(config.home / "redis", port=config.redis.port, maxmemory_mb=config.redis.maxmemory_mb)
+    options = ServerOptions(config.redis.maxmemory_mb, config.redis.appendfsync)
+    server = EmbeddedServer.start(config.home / "redis", port=config.redis.port, options=options)
     stack.callback(server.stop)
     return server
 

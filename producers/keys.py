@@ -79,6 +79,11 @@ def held(product: str) -> str:
     return f"held:{{{product}}}"
 
 
+def account(product: str) -> list[str]:
+    """The stream and the account of its frames, in the order in which the scripts of the ledger take them."""
+    return [key(product) for key in (frames, ledger, waiting, unanswered, late, held, tally)]
+
+
 def model(product: str) -> str:
     """Hash of the pointers to the product's versions."""
     return f"model:{{{product}}}"

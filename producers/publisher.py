@@ -44,6 +44,9 @@ class Publisher:
     Args:
         server: a client that returns bytes.
         settings: codec, bounds, policy and patience.
+
+    Attributes:
+        gave_way: older frames, of any camera of the product, that were shed for these by `drop_oldest`.
     """
 
     def __init__(self, server: redis.Redis, settings: PublisherSettings) -> None:
@@ -52,6 +55,7 @@ class Publisher:
         self._firsts: dict[tuple[str, str], int] = {}
         self._retention = Retention(settings.retain_s, int(settings.retain_mb * 2**20))
         self._retention_lock = threading.Lock()
+        self.gave_way = 0
         self.move_to(server)
 
     def move_to(self, server: redis.Redis) -> None:
@@ -162,6 +166,7 @@ class Publisher:
             if word == "added":
                 with self._retention_lock:
                     self._retention.keep(frame, time.monotonic())
+                    self.gave_way += int(number)
                 return Published.ADDED
             if word == "shed":
                 return Published.SHED
@@ -243,17 +248,7 @@ class Publisher:
         fields, product, settings = frame.to_fields(), frame.product, self._settings
         self._announce(product)
         reply = self._publish(
-            keys=[
-                keys.frames(product),
-                keys.ledger(product),
-                keys.waiting(product),
-                keys.unanswered(product),
-                keys.late(product),
-                keys.held(product),
-                keys.verdicts(product),
-                keys.gaps(product),
-                keys.tally(product),
-            ],
+            keys=[*keys.account(product), keys.verdicts(product), keys.gaps(product)],
             args=[
                 product,
                 *(fields[name] for name in ("camera", "seq", "captured_at_ns")),
@@ -268,12 +263,12 @@ class Publisher:
                 *(fields[name] for name in ("v", "codec", "shape", "data")),
             ],
         ).decode()
-        if reply != "first":
+        if not reply.startswith("first"):
             return reply
         # a new camera, or a server that came back without its data and with it forgot the product
         self._announced.pop(product, None)
         self._announce(product)
-        return "added"
+        return reply.replace("first", "added")
 
     def _memory_is_full(self, product: str) -> bool:
         """Whether the server's memory is nearly used up, in a cluster that of the product's node; looked up twice a

@@ -1,8 +1,9 @@
 """The scripts that put frames into a stream: one step each, so that stream, ledger and waiting set never disagree.
 
 Replies of PUBLISH:
-    added           the frame is in the stream, now or since an earlier attempt whose reply was lost
-    first           likewise, and the camera was unknown before
+    added N         the frame is in the stream, now or since an earlier attempt whose reply was lost; N older ones were
+                    shed for it
+    first N         likewise, and the camera was unknown before
     full            the bounds of policy `block` are reached; nothing has changed
     shed            a bound is reached and the frame was given up and counted
     gap N           the ledger knows no frame from number N up to this one, though its run had them; nothing has
@@ -24,7 +25,7 @@ local function lose(ledger, tally, gaps, ms, camera, from, to)
 end
 """
 
-# KEYS: frames ledger waiting unanswered late held verdicts gaps tally
+# KEYS: frames ledger waiting unanswered late held tally, then verdicts gaps
 PUBLISH = (
     COUNT
     + NAMED
@@ -41,7 +42,7 @@ local captured_ms, number = math.floor(tonumber(captured_ns) / 1e6), tonumber(se
 local last = redis.call('HGET', KEYS[2], camera .. ':last_seq')
 if last and number <= tonumber(last) then
   local same = redis.call('HGET', KEYS[2], camera .. ':last_captured_at_ns') == captured_ns
-  if seq == last and same then return 'added' end
+  if seq == last and same then return 'added 0' end
   return 'behind ' .. last
 end
 
@@ -56,16 +57,16 @@ local function over()
 end
 
 local function shed(whose, which, ms, bound, named)
-  count(KEYS[2], KEYS[9], ms, whose, 'shed', 1)
-  count(KEYS[2], KEYS[9], ms, whose, 'shed.' .. policy .. ' ' .. bound, 1)
+  count(KEYS[2], KEYS[7], ms, whose, 'shed', 1)
+  count(KEYS[2], KEYS[7], ms, whose, 'shed.' .. policy .. ' ' .. bound, 1)
   if redis.call('SREM', KEYS[5], whose .. '/' .. which) == 1 then
-    count(KEYS[2], KEYS[9], ms, whose, 'late', 1)  -- and so it has its verdict
+    count(KEYS[2], KEYS[7], ms, whose, 'late', 1)  -- and so it has its verdict
   elseif named then
-    answer_unknown(KEYS[7], kept, product, whose, which, 'shed: ' .. policy .. ', bound of ' .. bound, sent_ms - ms)
+    answer_unknown(KEYS[8], kept, product, whose, which, 'shed: ' .. policy .. ', bound of ' .. bound, sent_ms - ms)
   end
 end
 
--- the oldest entry that no replica has been given yet, or nothing
+-- the oldest entry that no replica has been given yet; 1 if it was a frame to count, 0 if not, false if there is none
 local function shed_oldest(bound)
   local delivered = '-'
   if redis.call('EXISTS', KEYS[1]) == 0 then return false end
@@ -91,28 +92,31 @@ local function shed_oldest(bound)
     redis.call('ZREM', KEYS[4], member)
     redis.call('DECRBY', KEYS[6], size)
     shed(whose, which, tonumber(ms), bound, true)
-    return true
+    return 1
   end
   local named = is_named(whose, which)
   if named and tonumber(which) <= tonumber(redis.call('HGET', KEYS[2], whose .. ':last_seq') or '-1') then
-    return true  -- a second entry of a frame that was counted: of a publisher that sent it again
+    return 0  -- a second entry of a frame that was counted: of a publisher that sent it again
   end
   ms = server_ms()  -- of a producer that keeps no ledger
   if not named then whose = '?' end
-  count(KEYS[2], KEYS[9], ms, whose, 'captured', 1)
+  count(KEYS[2], KEYS[7], ms, whose, 'captured', 1)
   shed(whose, which, ms, bound, named)
-  return true
+  return 1
 end
 
-local bound = over()
+local bound, gave_way = over(), 0
 if bound and policy == 'block' then return 'full' end
-while bound and policy == 'drop_oldest' and shed_oldest(bound) do
+while bound and policy == 'drop_oldest' do
+  local given_up = shed_oldest(bound)
+  if not given_up then break end
+  gave_way = gave_way + given_up
   bound = guard ~= '1' and over()  -- memory is given back later than here, so one goes for one
 end
 
-lose(KEYS[2], KEYS[9], KEYS[8], captured_ms, camera, expected, number - 1)
+lose(KEYS[2], KEYS[7], KEYS[9], captured_ms, camera, expected, number - 1)
 local now_ms = server_ms()
-count(KEYS[2], KEYS[9], captured_ms, camera, 'captured', 1)
+count(KEYS[2], KEYS[7], captured_ms, camera, 'captured', 1)
 -- a frame that was long on its way makes the producer's clock look late: the newest of them count little
 local skew_ms, before = sent_ms - now_ms, tonumber(redis.call('HGET', KEYS[2], camera .. ':skew_ms') or '-inf')
 if skew_ms < before then skew_ms = before + 0.02 * (skew_ms - before) end
@@ -127,8 +131,7 @@ redis.call('XADD', KEYS[1], '*', 'v', v, 'camera', camera, 'seq', seq, 'captured
 redis.call('ZADD', KEYS[3], captured_ms, camera .. '/' .. seq)
 redis.call('ZADD', KEYS[4], captured_ms - skew_ms, camera .. '/' .. seq)
 redis.call('INCRBY', KEYS[6], #data)
-if last then return 'added' end
-return 'first'
+return (last and 'added ' or 'first ') .. gave_way
 """
 )
 

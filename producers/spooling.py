@@ -33,6 +33,7 @@ class SpoolCounts:
         lost: frames whose record was damaged.
         waiting: frames in the spool.
         notes: notes of shed frames in the spool.
+        gave_way: older frames in the stream that were shed for these by `drop_oldest`.
     """
 
     published: int = 0
@@ -42,6 +43,7 @@ class SpoolCounts:
     lost: int = 0
     waiting: int = 0
     notes: int = 0
+    gave_way: int = 0
 
 
 class SpooledPublisher:
@@ -128,6 +130,7 @@ class SpooledPublisher:
             lost=self._replayer.lost,
             waiting=waiting,
             notes=notes,
+            gave_way=self._publisher.gave_way,
         )
 
     def drain(self, stop: threading.Event) -> bool:

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -20,7 +21,7 @@ import numpy as np
 import pytest
 import redis
 
-from cluster.server import EmbeddedServer
+from cluster.server import EmbeddedServer, ServerOptions
 from models.cards import DetectorRecord, ModelCard, ModelDraft, TeacherRecord, TrainingRecord
 from models.registry import Registry
 from models.settings import TrainingSettings
@@ -74,6 +75,18 @@ def solar_cells() -> Path:
     return folder
 
 
+class WatchedStop(threading.Event):
+    """Tells when somebody waits on it, so that a test knows that a publisher is blocked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waited_on = threading.Semaphore(0)
+
+    def wait(self, timeout: float | None = None) -> bool:
+        self.waited_on.release()
+        return super().wait(timeout)
+
+
 # --- the server
 
 
@@ -104,9 +117,9 @@ def server(valkey: EmbeddedServer) -> Iterator[redis.Redis]:
 class MortalServer:
     """A server that a test may kill and start again; its address, password and data stay."""
 
-    def __init__(self, home: Path) -> None:
-        self.home = home
-        self._running = EmbeddedServer.start(home)
+    def __init__(self, home: Path, options: ServerOptions) -> None:
+        self.home, self._options = home, options
+        self._running = EmbeddedServer.start(home, options=options)
         self.url = self._running.url
 
     def client(self) -> redis.Redis:
@@ -117,18 +130,18 @@ class MortalServer:
         self._running.stop()
 
     def start(self) -> None:
-        self._running = EmbeddedServer.start(self.home, port=self._running.port)
+        self._running = EmbeddedServer.start(self.home, port=self._running.port, options=self._options)
 
     def stop(self) -> None:
         self._running.stop()
 
 
 @pytest.fixture
-def mortal(monkeypatch: pytest.MonkeyPatch) -> Iterator[MortalServer]:
-    """A server of this test's own."""
+def mortal(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[MortalServer]:
+    """A server of this test's own; `appendfsync` may be its parameter."""
     monkeypatch.setattr("cluster.server.secrets.token_urlsafe", lambda _: "the-same-after-a-restart")
     home = Path(tempfile.mkdtemp(prefix="proctor-test-"))
-    started = MortalServer(home)
+    started = MortalServer(home, ServerOptions(appendfsync=getattr(request, "param", "everysec")))
     yield started
     started.stop()
     shutil.rmtree(home)

@@ -206,5 +206,7 @@ def test_without_a_spool_a_lost_server_ends_the_push(tmp_path, images):
 def test_help_names_every_command(tmp_path):
     done = proctor("--help", cwd=tmp_path)
     assert done.returncode == 0
-    commands = "up down status push train jobs models approve results evaluate demo doctor"
+    commands = (
+        "up down status ledger push train jobs models approve results dead compact evaluate demo doctor redis-acl"
+    )
     assert all(f" {command} " in done.stdout for command in commands.split())

@@ -315,3 +315,12 @@ def test_dead_letters_have_a_bound_in_bytes(server, letters):
     assert server.memory_usage(keys.dead("bolt"), samples=0) <= 2**20
     assert 1 <= server.xlen(keys.dead("bolt")) <= 3
     assert letters.counts("bolt").trimmed == 8 - server.xlen(keys.dead("bolt"))
+
+
+def test_naming_entries_that_are_not_there_is_a_failure(server, valkey, monkeypatch):
+    monkeypatch.setenv("PROCTOR_REDIS__URL", valkey.url)
+    bury(server, 1)
+    for command in ("retry", "drop"):
+        done = CliRunner().invoke(app, ["dead", command, "123-0"])
+        assert done.exit_code == 1
+        assert "1 not there" in done.stdout

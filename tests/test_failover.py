@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import redis
-from conftest import new_frame, settlement
+from conftest import WatchedStop, new_frame, settlement
 from redis_servers import PASSWORD, SERVICE, Node, answers, free_port, launch, replicated, until
 from rich.console import Console
 
@@ -107,18 +107,6 @@ def test_sentinels_that_know_no_such_master_or_are_away_are_named(pair):
     with pytest.raises(ServerError, match=r"redis\+sentinel://.*/line-1 refuses the user or password") as caught:
         connect(pair.url.replace(PASSWORD, "guess"))
     assert "guess" not in str(caught.value)
-
-
-class WatchedStop(threading.Event):
-    """A stop that says when it is waited on."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.waited_on = threading.Semaphore(0)
-
-    def wait(self, timeout: float | None = None) -> bool:
-        self.waited_on.release()
-        return super().wait(timeout)
 
 
 def test_a_demoted_master_is_waited_for_by_cameras_workers_and_the_trainer(tmp_path, nodes):

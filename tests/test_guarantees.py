@@ -17,7 +17,7 @@ from workers.deadlines import DeadlineWatch
 from workers.errors import StreamUnavailable
 from workers.ledger import CameraLedger, read_ledger
 from workers.redis_stream import RedisStream
-from workers.settings import WorkerSettings
+from workers.settings import LineSettings, WorkerSettings
 from workers.shifts import ShiftAccount, read_shift
 from workers.stream import Entry, Settlement, VerdictMessage
 
@@ -112,6 +112,7 @@ def test_drop_oldest_gives_up_the_oldest_that_nobody_has(server, stream):
     for seq in (4, 5):
         assert pushing.publish(new_frame(seq)) is Published.ADDED
     assert numbers(server) == [1, 4, 5]  # 1 is in a replica's hands
+    assert pushing.gave_way == 2
     assert account(server).shed_by == {"drop_oldest frames": 2}
     assert [seq for seq, *_ in verdicts(server)] == [2, 3]
     judge(stream, [held, *stream.read(8, 1)])
@@ -298,7 +299,7 @@ def test_each_product_has_its_own_takt(server):
     pushing = publisher(server)
     for product in ("bolt", "nut"):
         pushing.publish(replace(overdue(1), product=product))
-    watch = DeadlineWatch(server, WorkerSettings(product_takt_ms={"bolt": 100}))
+    watch = DeadlineWatch(server, LineSettings(takts_ms={"bolt": 100}))
     watch.tick()
     assert len(verdicts(server)) == 1
     assert server.xlen(keys.verdicts("nut")) == 0

@@ -71,6 +71,7 @@ def test_what_nobody_can_send_again_is_counted_with_its_range(mortal, line):
     assert (gap[b"camera"], gap[b"first"], gap[b"last"]) == (b"cam-1", b"6", b"10")
 
 
+@pytest.mark.parametrize("mortal", ["everysec", "always"], indirect=True)
 def test_a_killed_server_forgets_nothing_that_it_confirmed(mortal, line):
     """SIGKILL is no power cut: what was written stays with the operating system, by either policy."""
     publisher, client, _ = line(retain_s=0)

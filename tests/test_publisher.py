@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import redis
-from conftest import full, new_frame, wire
+from conftest import WatchedStop, full, new_frame, wire
 
 from producers import keys
 from producers.camera import Camera
@@ -21,18 +21,6 @@ from workers.places import Places
 
 PATIENT = PublisherSettings(max_in_flight=2, retry_s=60.0)
 HASTY = PublisherSettings(retry_s=0.1)
-
-
-class WatchedStop(threading.Event):
-    """Tells when somebody waits on it, so that a test knows that a publisher is blocked."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.waited_on = threading.Semaphore(0)
-
-    def wait(self, timeout: float | None = None) -> bool:
-        self.waited_on.release()
-        return super().wait(timeout)
 
 
 def account(server: redis.Redis, camera: str = "cam-1") -> CameraLedger:

@@ -23,7 +23,7 @@ from cluster import connection
 from cluster import server as module
 from cluster.connection import connect
 from cluster.errors import ServerAway, ServerError
-from cluster.server import EmbeddedServer
+from cluster.server import EmbeddedServer, ServerOptions
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -105,16 +105,22 @@ def memory_limit_mb(server: EmbeddedServer) -> float:
         return int(client.config_get("maxmemory")["maxmemory"]) / 2**20
 
 
+def fsync_of(server: EmbeddedServer) -> str:
+    with connect(server.url) as client:
+        return client.config_get("appendfsync")["appendfsync"]
+
+
 def test_it_may_use_a_quarter_of_the_memory(server):
     assert 256 <= memory_limit_mb(server) <= max(256, psutil.virtual_memory().total / 4 / 2**20)
 
 
-def test_it_keeps_its_memory_limit_when_it_is_started_anew(home):
-    with EmbeddedServer.start(home, maxmemory_mb=300) as server:
-        assert memory_limit_mb(server) == 300
+def test_it_keeps_its_options_when_it_is_started_anew(home):
+    chosen = ServerOptions(maxmemory_mb=300, appendfsync="always")
+    with EmbeddedServer.start(home, options=chosen) as server:
+        assert (memory_limit_mb(server), fsync_of(server)) == (300, "always")
         os.kill(server.pid, signal.SIGKILL)
         server.restart()
-        assert memory_limit_mb(server) == 300
+        assert (memory_limit_mb(server), fsync_of(server)) == (300, "always")
 
 
 def test_a_server_that_is_away_is_told_from_one_that_cannot_be_used(server):

@@ -16,8 +16,9 @@ from redis.retry import Retry
 
 from cluster import connection as connection_module
 from cluster.config import ProctorConfig
+from cluster.doctor import _spools
 from cluster.run_state import RunState
-from cluster.spools import replay_spools, spooled_publisher
+from cluster.spools import replay_spools, spooled_publisher, waiting_spools
 from producers import keys
 from producers.frame import Frame
 from producers.publisher import Published
@@ -125,6 +126,16 @@ def test_a_replay_sends_every_spool_or_the_chosen_ones(config, valkey, server):
     assert replay_spools(config, client, (None, None), stop, said.append) == []
     assert said == []
     client.close()
+
+
+def test_doctor_names_what_waits_and_nothing_once_it_is_sent(config, valkey, server):
+    assert waiting_spools(config) == []
+    left(config, [new_frame(1), new_frame(1, camera="cam-2")])
+    assert [finding.what for finding in _spools(config)] == ["spool bolt/cam-1", "spool bolt/cam-2"]
+    client = runs_at(config, valkey.url)
+    replay_spools(config, client, (None, None), threading.Event(), lambda line: None)
+    client.close()
+    assert list(_spools(config)) == []
 
 
 def test_a_spool_in_use_stops_no_other(config, valkey, server):

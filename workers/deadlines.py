@@ -33,9 +33,8 @@ class DeadlineWatch:
     def __init__(self, server: redis.Redis, settings: WorkerSettings) -> None:
         self._server, self._settings = server, settings
         self._expire = server.register_script(EXPIRE)
-        takts_ms = [takt_ms for takt_ms in (settings.takt_ms, *settings.product_takt_ms.values()) if takt_ms]
         # a frame that is published after a look must be found before it is due
-        self._longest_s = min(_LONGEST_S, min(takts_ms, default=1e9) / 4e3)
+        self._longest_s = min(_LONGEST_S, (settings.shortest_takt_ms() or 1e9) / 4e3)
 
     def run(self, stop: threading.Event) -> None:
         """Watch until `stop` is set; a server that is away is waited for."""

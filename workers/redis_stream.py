@@ -200,7 +200,7 @@ class RedisStream:
             args: list[str | bytes | int] = [keys.GROUP]
             for item in groups[product]:
                 args += [item.id, item.camera, item.seq, item.verdict, item.size, item.captured_at_ns // 1_000_000]
-            self._settle(keys=_account(product), args=args)
+            self._settle(keys=keys.account(product), args=args)
 
         for_each(groups, settle)
 
@@ -209,7 +209,7 @@ class RedisStream:
         """See FrameStream."""
         product = entry.product
         self._dead_letter(
-            keys=[*_account(product), keys.dead(product), keys.verdicts(product)],
+            keys=[*keys.account(product), keys.dead(product), keys.verdicts(product)],
             args=[keys.GROUP, entry.id, camera, reason, product, keys.VERDICTS_KEPT],
         )
         self._dead_bound.trim(product)
@@ -223,19 +223,6 @@ class RedisStream:
                 pending: Any = self._server.xpending_range(key, keys.GROUP, "-", "+", 1, self._consumer)
                 if not pending:
                     self._server.xgroup_delconsumer(key, keys.GROUP, self._consumer)
-
-
-def _account(product: str) -> list[str]:
-    """The keys of a product's stream and ledger, as the settling scripts take them."""
-    return [
-        keys.frames(product),
-        keys.ledger(product),
-        keys.waiting(product),
-        keys.unanswered(product),
-        keys.late(product),
-        keys.held(product),
-        keys.tally(product),
-    ]
 
 
 def _by_product(items: Sequence[M]) -> dict[str, list[M]]:

@@ -25,9 +25,6 @@ class WorkerSettings(BaseModel):
     max_deliveries: int = Field(default=3, ge=1, description="an entry delivered more often is dead-lettered")
     claim_idle_ms: int = Field(default=10_000, ge=100, description="an entry idle for longer is taken over")
     takt_ms: float | None = Field(default=None, gt=0, description="a frame's verdict is due so long after its capture")
-    product_takt_ms: dict[str, float] = Field(
-        default={}, description="likewise, by product; set as products.NAME.takt_ms"
-    )
     takt_margin_ms: float = Field(
         default=10.0,
         ge=0,
@@ -46,11 +43,29 @@ class WorkerSettings(BaseModel):
 
     def takt_of(self, product: str) -> float | None:
         """Return within how many milliseconds of its capture a frame is due, None for no limit."""
-        return self.product_takt_ms.get(product, self.takt_ms)
+        return self.takt_ms
+
+    def shortest_takt_ms(self) -> float | None:
+        """Return the shortest of all products' takts, None if no frame is ever due."""
+        return self.takt_ms
 
     def margin_of(self, takt_ms: float) -> float:
         """Return how many milliseconds before a deadline a late frame is answered."""
         return min(self.takt_margin_ms, takt_ms / 4)
+
+
+class LineSettings(WorkerSettings):
+    """The workers' settings with what products have of their own, as `cluster.config` composes them."""
+
+    takts_ms: dict[str, float]
+
+    def takt_of(self, product: str) -> float | None:
+        """See WorkerSettings."""
+        return self.takts_ms.get(product, self.takt_ms)
+
+    def shortest_takt_ms(self) -> float | None:
+        """See WorkerSettings."""
+        return min((takt for takt in (self.takt_ms, *self.takts_ms.values()) if takt is not None), default=None)
 
 
 class ResultsSettings(BaseModel):

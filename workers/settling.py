@@ -8,8 +8,7 @@ is counted as captured here, so the ledger balances for foreign producers too.
 
 from producers.counting import COUNT, NAMED, UNKNOWN_VERDICT
 
-# What ANSWER says of each verdict.
-SENT, REPEATED, LATE = 1, 0, 2
+LATE = 2  # what ANSWER says of a verdict that came too late; 1 of one that was sent, 0 of a repeated one
 
 # Each frame has one verdict: a second one, after a redelivery or a passed deadline, is not sent. One that comes after
 # the deadline, whether a watch has seen that or not, becomes `unknown`, late.

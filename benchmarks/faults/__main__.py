@@ -25,6 +25,7 @@ from benchmarks.faults.kinds import KINDS, drawn, is_small
 from benchmarks.faults.line import CAMERAS, PRODUCTS, Feed, Line, running_line, wait_until
 from benchmarks.faults.verdicts import VerdictWatch
 from benchmarks.machine import describe_machine
+from cluster.server import ServerOptions
 from producers import keys
 from workers.ledger import read_ledger
 from workers.reading import read_results
@@ -78,8 +79,9 @@ def _run(seed: int, options: argparse.Namespace) -> dict[str, Any]:
     chance = random.Random(seed)
     with tempfile.TemporaryDirectory(prefix="proctor-faults-") as folder, _small_disk(Path(folder)) as results:
         started = time.monotonic()
-        with running_line(Path(folder), results, Feed(options.frames, options.rate)) as line:
-            line.client().config_set("appendfsync", options.fsync)
+        with running_line(
+            Path(folder), results, Feed(options.frames, options.rate), ServerOptions(appendfsync=options.fsync)
+        ) as line:
             with VerdictWatch(line.client).running() as watch:
                 done = _harm(line, options, chance, started)
                 _let_end(line)

@@ -16,7 +16,7 @@ import numpy as np
 import redis
 
 from benchmarks.faults.proxy import Proxy
-from cluster.server import EmbeddedServer
+from cluster.server import EmbeddedServer, ServerOptions
 from models.images import TrainingImage
 from models.registry import Registry
 from models.settings import TrainingSettings
@@ -150,21 +150,21 @@ class Feed:
 
 
 @contextlib.contextmanager
-def running_line(home: Path, results: Path, feed: Feed, replicas: int = 2) -> Iterator[Line]:
+def running_line(home: Path, results: Path, feed: Feed, server_options: ServerOptions | None = None) -> Iterator[Line]:
     """Start a line and its cameras, and end it.
 
     Args:
         home: a directory of its own.
         results: where results go.
         feed: what the cameras push.
-        replicas: how many inspect.
+        server_options: the server's.
     """
-    with EmbeddedServer.start(home / "redis") as server:
+    with EmbeddedServer.start(home / "redis", options=server_options) as server:
         line = Line(home, results, server, Proxy(server.port))
         registry = home / "registry"
         _publish_versions(registry, line.client())
         inspecting = {"redis_url": line.url, "registry": str(registry), "results": str(results), "worker": _WORKER}
-        for number in range(replicas):
+        for number in range(2):
             line.members.append(Member(f"replica-{number}", "replica", inspecting, False, home / "replicas.log"))
         folding = {"results": str(results), "redis_url": line.url, "compact_every_s": 1.0}
         line.members.append(Member("compactor", "compactor", folding, False, home / "compactor.log"))
