@@ -31,3 +31,7 @@ class NoModel(WorkerError):
 
 class JobError(WorkerError):
     """A training job or an approval asks for something that is not there."""
+
+
+class DeviceFault(WorkerError):
+    """The device is broken and no further batch can be judged; a new process may find it working."""

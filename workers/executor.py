@@ -1,0 +1,81 @@
+"""Where an engine computes: one device's way from frames to maps and scores."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from models.cards import ModelCard
+from models.detector import Detector, Student
+from models.teachers import Teacher
+
+
+@dataclass(frozen=True, eq=False)
+class Resident:
+    """A version in memory, ready to judge; executors add what they need to find it again.
+
+    Attributes:
+        card: its description: product, version, threshold, input size.
+        detector: the method.
+        student: its networks and statistics, in the form that its executor computes in.
+        teacher: shared between residents.
+        nbytes: memory that this version alone takes on the device.
+    """
+
+    card: ModelCard
+    detector: Detector
+    student: Student
+    teacher: Teacher
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Request:
+    """A frame for the engine: (H, W, 3) uint8 RGB of any size, and the resident that shall judge it."""
+
+    resident: Resident
+    image: np.ndarray
+
+
+class Executor(ABC):
+    """Holds teachers and students on one device and judges frames there.
+
+    Attributes:
+        device: of the computation.
+        dtype: its precision.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+
+    @abstractmethod
+    def teacher(self, teacher: Teacher) -> Teacher:
+        """Return a float32 teacher in the form that this executor computes in."""
+
+    @abstractmethod
+    def resident(self, card: ModelCard, detector: Detector, student: Student, teacher: Teacher) -> Resident:
+        """Bring a float32 student beside those that are here, ready to judge; `run` may go on meanwhile.
+
+        Args:
+            card: the version's description.
+            detector: its method.
+            student: float32, on the CPU.
+            teacher: as `teacher` returned it.
+        """
+
+    @abstractmethod
+    def run(self, requests: Sequence[Request]) -> tuple[np.ndarray, np.ndarray]:
+        """Judge frames of one teacher and input size; a resident's frames are neighbours.
+
+        Returns:
+            (B, S, S) float32 anomaly maps and (B,) float64 scores, in order. A network that gave no numbers gives
+            none here: nothing is checked.
+
+        Raises:
+            DeviceFault: the device is broken and no further batch can be judged.
+        """
+
+    def close(self) -> None:
+        """End threads; nothing is judged afterwards."""
