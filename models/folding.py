@@ -32,10 +32,13 @@ def fold_batchnorm(network: Network, probe: tuple[Any, ...]) -> Network:
     folded = copy.deepcopy(plain)
     for parent in list(folded.modules()):
         _fold_children(parent)
-    with torch.inference_mode():
-        outputs = zip(_tensors(plain(*probe)), _tensors(folded(*probe)), strict=True)
-        same = all(_close(a, b) for a, b in outputs)
-    return folded if same else plain
+    return folded if same_outputs(plain, folded, probe) else plain
+
+
+@torch.inference_mode()
+def same_outputs(one: nn.Module, other: nn.Module, probe: tuple[Any, ...]) -> bool:
+    """Whether two float32 networks compute the same of the arguments `probe`, but for rounding."""
+    return all(_close(a, b) for a, b in zip(_tensors(one(*probe)), _tensors(other(*probe)), strict=True))
 
 
 def _tensors(output: torch.Tensor | tuple) -> list[torch.Tensor]:

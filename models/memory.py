@@ -45,6 +45,8 @@ class SceneMemory(Statistics):
     codes: Tensor
     scenes: Tensor
     step: Tensor
+    keys: Tensor
+    lengths: Tensor
 
     def __init__(
         self, channels: tuple[int, int], components: int, capacity: int, neighbours: int, temperature: float
@@ -65,6 +67,9 @@ class SceneMemory(Statistics):
         }
         for name, value in empty.items():
             self.register_buffer(name, value)
+        for name in ("keys", "lengths"):
+            self.register_buffer(name, torch.empty(0), persistent=False)
+        self._arrange()
 
     @torch.no_grad()
     def remember(self, source: NormalBatches) -> None:
@@ -81,6 +86,15 @@ class SceneMemory(Statistics):
         scenes = torch.cat([self._described(source.batch(chunk)[1]) for chunk in chunks])
         self.step = scenes.abs().amax().clamp_min(1e-6) / 127
         self.scenes = (scenes / self.step).round().to(torch.int8)
+        self._arrange()
+
+    def _arrange(self) -> None:
+        """Lay the scenes out as attention reads them: blocks with their margin, and half of each squared length."""
+        side = self.scenes.shape[1]
+        grids = self.scenes.permute(0, 3, 1, 2).float()
+        keys = _blocks(grids, math.gcd(side, _BLOCK), min(_MARGIN, side))
+        self.keys = keys.to(torch.int8)
+        self.lengths = keys.square().sum(-1) * (0.5 * self.step.square())
 
     def _principal(self, source: NormalBatches, chunks: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Return mean and principal components of descriptors, from a sample of all positions."""
@@ -101,8 +115,7 @@ class SceneMemory(Statistics):
         side = self.scenes.shape[1]
         if found.shape[-1] != side:
             found = F.interpolate(found, (side, side), mode="bilinear", align_corners=False)
-        similar = self.scenes[self._most_similar(features)]
-        return Pair(found, self._attended(found, similar))
+        return Pair(found, self._attended(found, self._most_similar(features)))
 
     def _most_similar(self, features: Features) -> Tensor:
         """Return the indices of the scenes most like each image, (B, K)."""
@@ -115,17 +128,16 @@ class SceneMemory(Statistics):
 
         Args:
             found: (B, components, h, w) float32.
-            similar: (B, K, h, w, components) int8, the scenes to attend to.
+            similar: (B, K) int64, the scenes to attend to.
         """
-        batch, count, side = len(found), similar.shape[1], found.shape[-1]
+        side = found.shape[-1]
         block = math.gcd(side, _BLOCK)
-        scenes = similar.flatten(0, 1).permute(0, 3, 1, 2).float() * self.step
         queries = _blocks(found, block, 0)
-        keys = _blocks(scenes, block, min(_MARGIN, side))
-        # From (B * K, blocks, positions, c) to (B, blocks, K * positions, c): a block sees all scenes at once.
-        keys = keys.unflatten(0, (batch, count)).transpose(1, 2).flatten(2, 3)
+        # From (B, K, blocks, positions, c) to (B, blocks, K * positions, c): a block sees all scenes at once.
+        keys = self.keys[similar].transpose(1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+        keys = keys.mul_(self.step).flatten(2, 3)
         # exp(-|q - k|^2 / 2t) is exp((q k - |k|^2 / 2) / t) up to a factor of the query's own.
-        bias = keys.square().sum(-1).unsqueeze(2) * (-0.5 / self._temperature)
+        bias = self.lengths[similar].transpose(1, 2).flatten(2).unsqueeze(2) * (-1 / self._temperature)
         predicted = F.scaled_dot_product_attention(
             queries,
             keys,
@@ -144,6 +156,7 @@ class SceneMemory(Statistics):
             if saved is not None and own is not None and saved.dim() == own.dim():
                 self._buffers[name] = torch.empty_like(saved, device=own.device)
         super()._load_from_state_dict(state_dict, prefix, *rest)
+        self._arrange()
 
 
 def _descriptors(features: Features) -> Tensor:

@@ -1,7 +1,6 @@
 """A real server, real published versions and real images, made once and handed to every test clean."""
 
 import contextlib
-import copy
 import os
 import shutil
 import signal
@@ -30,6 +29,9 @@ from workers.places import Places
 from workers.stream import Entry, Settlement
 
 if TYPE_CHECKING:
+    import torch
+
+    from models.detector import Detector
     from workers.engine import Engine, Resident
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -235,14 +237,32 @@ def residents(versions: Versions) -> "dict[str, Resident]":
     """The versions in memory, float32 on the CPU, by their names in `Versions`."""
     import torch
 
-    from workers.engine import Engine
+    from models.teachers import load_teacher
+    from models.versions import restore
+    from workers.cpu_executor import CpuExecutor
+    from workers.engine import Budget, Engine
 
     engine = Engine(Registry(versions.uri), "cpu", dtype=torch.float32)
     names = ("bolt", "bolt_new", "nut", "washer")
     built = {name: engine.build(getattr(versions, name).product, getattr(versions, name).version) for name in names}
-    student = copy.deepcopy(built["bolt"].student)
-    student.network.conv1.weight.fill_(torch.nan)
-    return built | {"blank": replace(built["bolt"], card=versions.blank, student=student)}
+    detector, student = restore(*no_numbers(versions), load_teacher("efficientnet_lite0"))
+    executor = CpuExecutor(torch.float32, Budget())
+    return built | {"blank": executor.resident(versions.blank, detector, student, built["bolt"].teacher)}
+
+
+def no_numbers(versions: Versions) -> "tuple[ModelCard, dict[str, torch.Tensor]]":
+    """The version `blank`, whose weights are not all numbers; an engine refuses to build it."""
+    return Registry(versions.uri).load_student(versions.blank.product, versions.blank.version)
+
+
+def with_student(resident: "Resident", student: "torch.nn.Module", detector: "Detector | None" = None) -> "Resident":
+    """A resident that computes with another student, as it is."""
+    from models.inference import infer
+    from models.programs import Program
+
+    detector = detector or resident.detector
+    studying = Program(student, lambda net, images, *features: infer(detector, net, images, features))
+    return replace(resident, student=student, detector=detector, studying=studying, state={})
 
 
 @pytest.fixture
@@ -250,9 +270,9 @@ def engine(registry: Registry, residents: "dict[str, Resident]") -> "Engine":
     """An engine of this test's own with every product in service."""
     import torch
 
-    from workers.engine import Engine
+    from workers.engine import Budget, Engine
 
-    engine = Engine(registry, "cpu", dtype=torch.float32)
+    engine = Engine(registry, "cpu", dtype=torch.float32, budget=Budget(max_batch=16))
     for name in ("bolt", "nut", "washer", "blank"):
         engine.install(residents[name])
     return engine

@@ -1,12 +1,11 @@
 """Mixed batches: every frame gets its own product's map, whatever its neighbours are."""
 
 import threading
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from conftest import texture
+from conftest import texture, with_student
 
 from models.cards import ModelCard
 from models.errors import ModelError, TeacherError, VersionError
@@ -16,7 +15,7 @@ from models.registry import Registry
 from models.stfpm import STFPM
 from models.teachers import load_teacher
 from models.versions import restore
-from workers.engine import Engine, Judgement, Request, Resident
+from workers.engine import Budget, Engine, Judgement, Request, Resident
 
 # Largest difference between a frame's map in a mixed batch and alone, relative to the map's maximum. Measured over
 # students of width 1/8 to 1, 64 to 256 pixels, batches of 1 to 32, on a CPU with AMX: 4e-7 in float32, none in
@@ -43,7 +42,7 @@ def alone(engine: Engine, resident: Resident, image: np.ndarray) -> Judgement:
 @pytest.fixture(scope="module", params=list(TOLERANCE), ids=["float32", "bfloat16"])
 def loaded(request, versions):
     """An engine of each precision, with four versions that it holds."""
-    engine = Engine(Registry(versions.uri), "cpu", dtype=request.param)
+    engine = Engine(Registry(versions.uri), "cpu", dtype=request.param, budget=Budget(max_batch=16, threads=2))
     return engine, {
         name: engine.build(getattr(versions, name).product, getattr(versions, name).version) for name in NAMES
     }
@@ -125,9 +124,9 @@ def test_one_value_that_is_no_number_makes_no_score_even_where_the_method_does_n
             prediction[1, 0, 0, 0] = torch.nan
             return low._replace(prediction=prediction), *others
 
-    spotted = replace(residents["bolt"], student=Spotted(), detector=Cornered(width=0.125))
-    scores = [each.score for each in engine.judge([Request(spotted, texture(seed)) for seed in range(3)])]
-    assert np.isfinite(scores).tolist() == [True, False, True]
+    spotted = with_student(residents["bolt"], Spotted(), Cornered(width=0.125))
+    scores = [each.score for each in engine.judge([Request(spotted, texture(seed)) for seed in range(4)])]
+    assert np.isfinite(scores).tolist() == [True, False, True, True]
 
 
 def test_pictures_that_may_not_be_written_to_are_judged(engine, residents):

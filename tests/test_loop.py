@@ -5,13 +5,13 @@ import shutil
 import threading
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import new_frame, texture, wire
+from conftest import new_frame, texture, wire, with_student
 from memory_stream import MemoryServer, MemoryStream
 
 from producers.frame import Frame, Picture
@@ -260,7 +260,7 @@ class Failing(torch.nn.Module):
 
 
 def test_a_failing_network_is_unknown_for_its_frames_only(line, residents):
-    line.engine.install(replace(residents["nut"], student=Failing()))
+    line.engine.install(with_student(residents["nut"], Failing()))
     frames = [new_frame(1), new_frame(2, product="nut"), new_frame(3), new_frame(4, product="washer")]
     rows = line.run(*frames)
     assert [row["verdict"] for row in rows] == ["pass", "unknown", "pass", "fail"]

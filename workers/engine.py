@@ -1,4 +1,4 @@
-"""The engine: mixed batches of several products through one shared teacher and each product's own student."""
+"""The engine: the versions in service, and mixed batches of their products' frames."""
 
 import logging
 import math
@@ -11,32 +11,17 @@ import numpy as np
 import torch
 
 from models.cards import ModelCard
-from models.detector import Detector, Student
 from models.errors import VersionError
-from models.inference import best_dtype, infer, pick_device, prepare, to_input
-from models.preprocess import fit_to_input
+from models.inference import best_dtype, pick_device
 from models.registry import Registry
 from models.teachers import Teacher, load_teacher
 from models.versions import restore
+from workers.cpu_executor import CpuExecutor
+from workers.executor import Budget, Executor, Request, Resident
+
+__all__ = ["Budget", "Engine", "Judgement", "Request", "Resident"]
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Resident:
-    """A version in memory, ready to judge.
-
-    Attributes:
-        card: its description: product, version, threshold, input size.
-        detector: the method.
-        student: prepared for the engine's device and precision.
-        teacher: shared between residents.
-    """
-
-    card: ModelCard
-    detector: Detector
-    student: Student
-    teacher: Teacher
 
 
 @dataclass(frozen=True)
@@ -56,14 +41,6 @@ class Judgement:
     infer_ms: float
 
 
-@dataclass(frozen=True)
-class Request:
-    """A frame for the engine: (H, W, 3) uint8 RGB of any size, and the resident that shall judge it."""
-
-    resident: Resident
-    image: np.ndarray
-
-
 class Engine:
     """Holds the residents of a device and judges mixed batches.
 
@@ -74,7 +51,7 @@ class Engine:
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
         teacher_weights: local weights file by teacher name; others come from their packages.
         dtype: precision; None takes the best that the device computes natively.
-        max_batch: largest batch that a new version is warmed up for.
+        budget: what it may use.
     """
 
     def __init__(
@@ -83,17 +60,25 @@ class Engine:
         device: str = "auto",
         teacher_weights: Mapping[str, str] | None = None,
         dtype: torch.dtype | None = None,
-        max_batch: int = 1,
+        budget: Budget | None = None,
     ) -> None:
-        self.device = pick_device(device)
-        self.dtype = dtype or best_dtype(self.device)
         self._registry = registry
-        self._max_batch = max_batch
         self._teacher_weights = dict(teacher_weights or {})
+        self._executor = _executor(pick_device(device), dtype, budget or Budget())
         self._teachers: dict[str, Teacher] = {}
         self._residents: dict[str, Resident] = {}
         self._loading = threading.Lock()
         self._judging = threading.Lock()
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self._executor.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Its precision."""
+        return self._executor.dtype
 
     def resident(self, product: str) -> Resident | None:
         """The version in service for a product."""
@@ -102,6 +87,10 @@ class Engine:
     def residents(self) -> dict[str, str]:
         """Version in service by product."""
         return {product: resident.card.version for product, resident in self._residents.items()}
+
+    def nbytes(self) -> dict[str, int]:
+        """Memory by product that its version in service takes on the device."""
+        return {product: resident.nbytes for product, resident in self._residents.items()}
 
     def build(self, product: str, version: str) -> Resident:
         """Load a version beside those in service and warm it up; judging goes on meanwhile.
@@ -115,20 +104,7 @@ class Engine:
         with self._loading:
             teacher = self._teacher(card.teacher.name)
         detector, student = restore(card, state, teacher)
-        resident = Resident(card, detector, prepare(student, self.device, self.dtype), teacher)
-        self._warm_up(resident)
-        return resident
-
-    def _warm_up(self, resident: Resident) -> None:
-        """Compute batches of doubling size, since kernels are chosen per shape at their first use.
-
-        Without the lock: a version that is not in service yet must not hold up those that are.
-        """
-        blank = np.zeros((resident.card.input_size, resident.card.input_size, 3), np.uint8)
-        size = 1
-        while size <= self._max_batch:
-            self._judge_group([Request(resident, blank)] * size)
-            size *= 2
+        return self._executor.resident(card, detector, student, teacher)
 
     def install(self, resident: Resident) -> None:
         """Put a built resident into service; the batch that runs finishes with the old one."""
@@ -141,45 +117,48 @@ class Engine:
 
         Returns:
             One judgement per request, in order.
+
+        Raises:
+            DeviceFault: the device is broken and no further batch can be judged.
         """
         started = time.perf_counter()
-        results: list[tuple[np.ndarray, float] | None] = [None] * len(requests)
+        results: dict[int, tuple[np.ndarray, float]] = {}
         with self._judging:
-            for group in _groups(requests).values():
-                for row, result in zip(group, self._judge_group([requests[row] for row in group]), strict=True):
-                    results[row] = result
+            for rows in _groups(requests).values():
+                maps, scores = self._executor.run([requests[row] for row in rows])
+                results.update(zip(rows, zip(maps, _checked(maps, scores), strict=True), strict=True))
         infer_ms = (time.perf_counter() - started) * 1e3
-        judged = [result for result in results if result is not None]
-        if len(judged) != len(requests):
-            raise RuntimeError(f"{len(requests)} frames in, {len(judged)} judgements out")
+        if len(results) != len(requests):
+            raise RuntimeError(f"{len(requests)} frames in, {len(results)} judgements out")
         return [
-            Judgement(anomaly_map, score, request.resident.card, infer_ms)
-            for request, (anomaly_map, score) in zip(requests, judged, strict=True)
+            Judgement(*results[row], card=request.resident.card, infer_ms=infer_ms)
+            for row, request in enumerate(requests)
         ]
 
-    @torch.inference_mode()
-    def _judge_group(self, requests: Sequence[Request]) -> list[tuple[np.ndarray, float]]:
-        """Requests of one teacher and input size, neighbours of one product together."""
-        first = requests[0].resident
-        fitted = np.stack([fit_to_input(request.image, first.card.input_size) for request in requests])
-        images = to_input(torch.from_numpy(fitted).to(self.device), first.teacher, self.dtype)
-        features = first.teacher(images)
-        results: list[tuple[np.ndarray, float]] = []
-        for start, stop in _runs(requests):
-            resident = requests[start].resident
-            part = tuple(feature[start:stop] for feature in features)
-            maps, scores = infer(resident.detector, resident.student, images[start:stop], part)
-            # a map with one value that is no number is worth nothing, whatever its maximum says
-            finite = torch.isfinite(maps).flatten(1).all(1)
-            scores = torch.where(finite, scores, math.nan)
-            results += zip(maps.float().cpu().numpy(), scores.double().cpu().tolist(), strict=True)
-        return results
+    def ready(self, timeout_s: float) -> bool:
+        """Wait until nothing is left to compile; False if that takes longer."""
+        return self._executor.ready(timeout_s)
+
+    def close(self) -> None:
+        """End threads; nothing is judged afterwards."""
+        self._executor.close()
 
     def _teacher(self, name: str) -> Teacher:
         if name not in self._teachers:
             teacher = load_teacher(name, self._teacher_weights.get(name))
-            self._teachers[name] = prepare(teacher, self.device, self.dtype)
+            self._teachers[name] = self._executor.teacher(teacher)
         return self._teachers[name]
+
+
+def _executor(device: torch.device, dtype: torch.dtype | None, budget: Budget) -> Executor:
+    return CpuExecutor(dtype or best_dtype(device), budget)
+
+
+def _checked(maps: np.ndarray, scores: np.ndarray) -> list[float]:
+    """Scores, not a number where a map holds one value that is none: such a map is worth nothing."""
+    # The largest and the smallest value are finite exactly if all are.
+    finite = np.isfinite(maps.max(axis=(1, 2))) & np.isfinite(maps.min(axis=(1, 2)))
+    return np.where(finite, scores, math.nan).tolist()
 
 
 def _groups(requests: Sequence[Request]) -> dict[tuple[int, int], list[int]]:
@@ -191,11 +170,3 @@ def _groups(requests: Sequence[Request]) -> dict[tuple[int, int], list[int]]:
     for rows in groups.values():
         rows.sort(key=lambda row: id(requests[row].resident))
     return groups
-
-
-def _runs(requests: Sequence[Request]) -> list[tuple[int, int]]:
-    """(start, stop) of each run of one resident."""
-    starts = [
-        row for row in range(len(requests)) if row == 0 or requests[row].resident is not requests[row - 1].resident
-    ]
-    return list(zip(starts, [*starts[1:], len(requests)], strict=True))

@@ -12,6 +12,23 @@ from models.detector import Detector, Student
 from models.teachers import Teacher
 
 
+@dataclass(frozen=True)
+class Budget:
+    """What an engine may use.
+
+    Attributes:
+        max_batch: frames in one batch.
+        threads: CPU cores.
+        memory_mb: of a GPU, for students; those used longest ago give way to others.
+        compiled: whether networks are compiled in the background.
+    """
+
+    max_batch: int = 1
+    threads: int = 1
+    memory_mb: int = 4096
+    compiled: bool = False
+
+
 @dataclass(frozen=True, eq=False)
 class Resident:
     """A version in memory, ready to judge; executors add what they need to find it again.
@@ -77,5 +94,10 @@ class Executor(ABC):
             DeviceFault: the device is broken and no further batch can be judged.
         """
 
+    def ready(self, timeout_s: float) -> bool:
+        """Wait until nothing is left to compile; False if that takes longer."""
+        return True
+
+    @abstractmethod
     def close(self) -> None:
         """End threads; nothing is judged afterwards."""

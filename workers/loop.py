@@ -19,7 +19,7 @@ from producers.frame import Frame
 from workers import evidence
 from workers.batching import Batcher
 from workers.engine import Engine, Judgement, Request, Resident
-from workers.errors import NoModel, ResultsUnavailable, StreamUnavailable
+from workers.errors import DeviceFault, NoModel, ResultsUnavailable, StreamUnavailable
 from workers.evidence import FAIL, PASS, UNKNOWN
 from workers.residency import Residency
 from workers.results import Row, SegmentWriter, captured_at
@@ -270,6 +270,8 @@ class InspectionLoop:
             return {}
         try:
             judged = dict(zip(requests, self._engine.judge(list(requests.values())), strict=True))
+        except DeviceFault:  # nothing can be judged here any more: another process takes these entries over
+            raise
         except Exception:  # a model's failure must not take its neighbours down: try each frame alone
             logger.exception("a batch of %d frames failed, judging its frames one by one", len(requests))
             judged = {}

@@ -20,7 +20,7 @@ from models.registry import Registry
 from producers.errors import UnreadableImage
 from producers.frame import Picture, header_size
 from workers.deadlines import DeadlineWatch
-from workers.engine import Engine, Judgement, Request
+from workers.engine import Budget, Engine, Judgement, Request
 from workers.errors import NoModel, StreamUnavailable
 from workers.evidence import FAIL, PASS, UNKNOWN
 from workers.loop import InspectionLoop
@@ -60,7 +60,8 @@ class Replica:
             pointers.restore()  # before the first frame is read: a Redis that starts empty knows no version
         except ModelError as error:  # one product's damaged copy keeps no other from being judged
             logger.error("%s", error)
-        self._engine = Engine(registry, settings.device, places.teacher_weights, max_batch=settings.max_batch)
+        budget = Budget(settings.max_batch, threads, settings.gpu_memory_mb, settings.compile)
+        self._engine = Engine(registry, settings.device, places.teacher_weights, budget=budget)
         self._residency = Residency(self._engine, pointers, settings.pointer_poll_s)
         self._residency.start()
         self._loop = InspectionLoop(

@@ -19,6 +19,8 @@ class WorkerSettings(BaseModel):
 
     device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N")
     max_batch: int = Field(default=16, ge=1)
+    compile: bool = Field(default=True, description="networks are compiled in the background: faster after a minute")
+    gpu_memory_mb: int = Field(default=4096, ge=64, description="of a GPU, for students of products")
     batch_wait_ms: float = Field(default=4.0, ge=0, description="longest wait of a frame for company")
     decode_threads: int = Field(default=2, ge=1)
     max_megapixels: float = Field(default=64.0, gt=0, le=178, description="178 is the decoder's own limit")

@@ -1,0 +1,96 @@
+"""Compiles programs beside the work, one at a time, and never in its way."""
+
+import contextlib
+import fcntl
+import logging
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from torch import Tensor
+
+from models.programs import Program, State
+
+logger = logging.getLogger(__name__)
+
+_NICENESS = 19
+
+
+def cache_folder() -> Path:
+    """Where compiled code is kept for later starts and for the other replicas of this machine."""
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or Path(cache) / "proctor" / "compiled")
+
+
+class BackgroundCompiler:
+    """A thread that compiles what it is given, in order; a program that cannot be compiled is left as it is.
+
+    Args:
+        threads: of one call of a compiled program.
+    """
+
+    def __init__(self, threads: int = 1) -> None:
+        self._threads = threads
+        self._tasks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._known: set[tuple[Program, tuple]] = set()
+        self._open = 0
+        self._changed = threading.Condition()
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name="compiler", daemon=True)
+        self._thread.start()
+
+    def add(self, program: Program, state: State, inputs: tuple[Tensor, ...], key: tuple) -> None:
+        """Have a program compiled for inputs of these shapes, once for each `key`."""
+        with self._changed:
+            if self._closed or (program, key) in self._known:
+                return
+            self._known.add((program, key))
+            self._open += 1
+        self._tasks.put(lambda: self._compile(program, state, inputs))
+
+    def wait(self, timeout_s: float) -> bool:
+        """Wait until nothing is left to compile; False if that takes longer."""
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._open, timeout_s)
+
+    def close(self) -> None:
+        """Compile nothing more; what is being compiled is waited for, a few seconds."""
+        with self._changed:
+            self._closed = True
+        self._tasks.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        # Linux has niceness by thread; the compiler that is started from here has it too.
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
+        while (task := self._tasks.get()) is not None:
+            if not self._closed:
+                task()
+            with self._changed:
+                self._open -= 1
+                self._changed.notify_all()
+
+    def _compile(self, program: Program, state: State, inputs: tuple[Tensor, ...]) -> None:
+        started = time.monotonic()
+        try:
+            with _alone_on_this_machine():
+                program.compile(state, inputs, self._threads)
+        except Exception as error:  # a compiler's outer edge: the program computes eagerly instead
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            logger.warning("not compiled, which is slower but no less right: %s", reason)
+        else:
+            logger.info("compiled in %.1f s: %s", time.monotonic() - started, program)
+
+
+@contextlib.contextmanager
+def _alone_on_this_machine() -> Iterator[None]:
+    """Hold the cache's lock: of replicas that start together the first compiles, the others find its results."""
+    folder = cache_folder()
+    folder.mkdir(parents=True, exist_ok=True)
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

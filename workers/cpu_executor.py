@@ -1,0 +1,197 @@
+"""The engine's work on a CPU: one stream of computation per core, packed convolutions, compiled programs."""
+
+import math
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from models.cards import ModelCard
+from models.detector import Detector, Student
+from models.folding import fold_batchnorm
+from models.fusing import fuse
+from models.inference import infer, to_input
+from models.packing import pack
+from models.preprocess import fit_to_input
+from models.programs import Program, State, state_of
+from models.teachers import Teacher
+from workers.compiling import BackgroundCompiler
+from workers.executor import Budget, Executor, Request, Resident
+
+Network = TypeVar("Network", Teacher, Student)
+
+# Frames computed together: as many as leave a network's activations in a core's share of the cache, in steps of four.
+_STEP, _CHUNK_PIXELS, _LARGEST_CHUNK = 4, 4 * 256 * 256, 16
+_PACKED_FOR = 256
+
+
+@dataclass(frozen=True, eq=False)
+class CpuResident(Resident):
+    """A version with the programs of its build.
+
+    Attributes:
+        teaching: images to the network's input and the teacher's features.
+        studying: those to maps and scores.
+        teacher_state: weights for the one.
+        state: weights for the other.
+    """
+
+    teaching: Program
+    studying: Program
+    teacher_state: State
+    state: State
+
+
+class CpuExecutor(Executor):
+    """Judges in as many streams as it has cores, each with a thread of its own and no more.
+
+    Two streams of one thread do more than one of two threads: nothing is split within a layer, so nothing is waited
+    for at its end.
+
+    Args:
+        dtype: precision.
+        budget: cores, largest batch, whether programs are compiled.
+    """
+
+    def __init__(self, dtype: torch.dtype, budget: Budget) -> None:
+        self.device, self.dtype = torch.device("cpu"), dtype
+        self._threads, self._max_batch = max(1, budget.threads), budget.max_batch
+        self._streams = ThreadPoolExecutor(self._threads, "stream", initializer=_one_thread)
+        self._compiler = BackgroundCompiler() if budget.compiled else None
+        self._programs: dict[tuple, Program] = {}
+
+    def teacher(self, teacher: Teacher) -> Teacher:
+        """See Executor."""
+        ready = self._prepare(teacher)
+        blank = torch.zeros(self._sizes(_PACKED_FOR)[-1], _PACKED_FOR, _PACKED_FOR, 3, dtype=torch.uint8)
+        pack(ready, (to_input(blank, ready, self.dtype),))
+        return ready
+
+    def resident(self, card: ModelCard, detector: Detector, student: Student, teacher: Teacher) -> Resident:
+        """See Executor."""
+        ready = self._prepare(student)
+        with torch.inference_mode():
+            images = torch.zeros(self._sizes(card.input_size)[-1], card.input_size, card.input_size, 3).byte()
+            inputs = _taught(teacher, self.dtype, images)
+            pack(ready, (inputs[0], inputs[1:]))
+        state = state_of(ready)
+        build = (detector.model_dump_json(), teacher.name, card.input_size, *_described(state))
+        resident = CpuResident(
+            card=card,
+            detector=detector,
+            student=ready,
+            teacher=teacher,
+            nbytes=sum(_nbytes(each) for each in state.values()),
+            teaching=self._program((teacher.name,), teacher, lambda net, images: _taught(net, self.dtype, images)),
+            studying=self._program(build, ready, lambda net, images, *features: infer(detector, net, images, features)),
+            teacher_state=state_of(teacher),
+            state=state,
+        )
+        self._warm_up(resident)
+        return resident
+
+    def run(self, requests: Sequence[Request]) -> tuple[np.ndarray, np.ndarray]:
+        """See Executor."""
+        size = requests[0].resident.card.input_size
+        maps = np.empty((len(requests), size, size), np.float32)
+        scores = np.empty(len(requests), np.float64)
+        futures, start = [], 0
+        while start < len(requests):
+            share = math.ceil((len(requests) - start) / self._threads)
+            stop = start + max(count for count in self._sizes(size) if count <= share)
+            futures.append(
+                self._streams.submit(_judge, requests[start:stop], self.dtype, maps[start:stop], scores[start:stop])
+            )
+            start = stop
+        for future in futures:
+            future.result()
+        return maps, scores
+
+    def ready(self, timeout_s: float) -> bool:
+        """Wait until everything is compiled; False if that takes longer."""
+        return self._compiler is None or self._compiler.wait(timeout_s)
+
+    def close(self) -> None:
+        """See Executor."""
+        self._streams.shutdown()
+        if self._compiler is not None:
+            self._compiler.close()
+
+    def _prepare(self, network: Network) -> Network:
+        ready = fuse(fold_batchnorm(network, network.probe()), network.probe()).requires_grad_(False)
+        return ready.to(dtype=self.dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def _sizes(self, input_size: int) -> list[int]:
+        """The numbers of frames that are computed together, ascending."""
+        largest = min(_LARGEST_CHUNK, self._max_batch, max(1, _CHUNK_PIXELS // input_size**2))
+        return [_STEP**power for power in range(3) if _STEP**power <= largest]
+
+    def _program(self, build: tuple, network: nn.Module, compute: Callable[..., tuple[Tensor, ...]]) -> Program:
+        # The first network of a build stays in memory with it: its Python is what the others run too.
+        return self._programs.setdefault(build, Program(network, compute))
+
+    def _warm_up(self, resident: CpuResident) -> None:
+        """Compute every size once, since kernels are chosen at their first use, and have it compiled."""
+        side = resident.card.input_size
+        for count in self._sizes(side):
+            images = torch.zeros(count, side, side, 3, dtype=torch.uint8)
+            key = (count, side)
+
+            taught = self._streams.submit(_warmed, resident, images).result()
+            if self._compiler is not None:
+                self._compiler.add(resident.teaching, resident.teacher_state, (images,), key)
+                self._compiler.add(resident.studying, resident.state, taught, key)
+
+
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def _taught(teacher: Teacher, dtype: torch.dtype, images: Tensor) -> tuple[Tensor, ...]:
+    """Return the network's input and the teacher's features of (B, S, S, 3) uint8 RGB images."""
+    inputs = to_input(images, teacher, dtype)
+    return (inputs, *teacher(inputs))
+
+
+@torch.no_grad()
+def _warmed(resident: CpuResident, images: Tensor) -> tuple[Tensor, ...]:
+    """Judge images of one resident; return what its student was given."""
+    taught = resident.teaching(resident.teacher, resident.teacher_state, (images,))
+    resident.studying(resident.student, resident.state, taught)
+    return taught
+
+
+@torch.inference_mode()
+def _judge(requests: Sequence[Request], dtype: torch.dtype, maps: np.ndarray, scores: np.ndarray) -> None:
+    """Judge what is computed together, into `maps` and `scores`."""
+    first = requests[0].resident
+    assert isinstance(first, CpuResident)
+    images = np.stack([fit_to_input(request.image, first.card.input_size) for request in requests])
+    taught = first.teaching(first.teacher, first.teacher_state, (torch.from_numpy(images),))
+    start = 0
+    while start < len(requests):
+        resident = requests[start].resident
+        assert isinstance(resident, CpuResident)
+        same = next((row for row in range(start, len(requests)) if requests[row].resident is not resident), None)
+        stop = start + _whole((same or len(requests)) - start)
+        part = tuple(each[start:stop] for each in taught)
+        found, score = resident.studying(resident.student, resident.state, part)
+        maps[start:stop], scores[start:stop] = found.numpy(), score.numpy()
+        start = stop
+
+
+def _whole(count: int) -> int:
+    """The largest size that is computed together and not larger than `count`."""
+    return _STEP ** int(math.log(count, _STEP) + 1e-9)
+
+
+def _described(state: State) -> list[tuple]:
+    return [(name, tuple(each.shape), each.dtype, each.layout) for name, each in state.items()]
+
+
+def _nbytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
