@@ -5,10 +5,16 @@ Loaded only where Triton runs: on CUDA, or in Triton's interpreter.
 
 from __future__ import annotations
 
+from functools import cache
+from importlib.util import find_spec
+from typing import Any
+
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
+
+if find_spec("triton") is not None:  # torch for CPUs alone comes without
+    import triton
+    import triton.language as tl
 
 # Fewer input channels than this are unrolled together with the kernel's taps; more fill a tile by themselves.
 _NARROW = 16
@@ -97,21 +103,29 @@ def _convolve(  # type: ignore[no-untyped-def]  # noqa: PLR0913, PLR0917
     tl.store(out + out_at, total.to(out.dtype.element_ty), mask=inside[:, None] & wanted[None, :])
 
 
-def _tiles(block_m: int, block_n: int, block_k: int, warps: int) -> triton.Config:
-    return triton.Config({"block_m": block_m, "block_n": block_n, "block_k": block_k}, num_warps=warps, num_stages=3)
+def _interpreted() -> bool:
+    return bool(triton.knobs.runtime.interpret)
 
 
-_INTERPRETED = bool(triton.knobs.runtime.interpret)
-_compiled = triton.jit(_convolve)
-# Few, since each is compiled and timed once for each layer's shape; the batch is left out for the same reason.
-_tuned = (
-    _compiled
-    if _INTERPRETED
-    else triton.autotune(
-        configs=[_tiles(32, 32, 32, 4), _tiles(64, 64, 32, 4), _tiles(128, 64, 32, 4), _tiles(128, 128, 64, 8)],
-        key=["out_height", "channels", "out_channels", "kernel_h", "stride_h"],
-    )(_compiled)
-)
+@cache
+def kernel() -> Any:
+    """Return the kernel for Triton to compile or to interpret."""
+    return triton.jit(_convolve)
+
+
+@cache
+def _tuned() -> Any:
+    """Return the kernel with tiles to choose from: few, since each is compiled and timed once for each layer's shape.
+
+    The batch is no part of the choice for the same reason.
+    """
+    tiles = ((32, 32, 32, 4), (64, 64, 32, 4), (128, 64, 32, 4), (128, 128, 64, 8))
+    configs = [
+        triton.Config({"block_m": m, "block_n": n, "block_k": k}, num_warps=warps, num_stages=3)
+        for m, n, k, warps in tiles
+    ]
+    key = ["out_height", "channels", "out_channels", "kernel_h", "stride_h"]
+    return triton.autotune(configs=configs, key=key)(kernel())
 
 
 def launch(
@@ -135,7 +149,8 @@ def launch(
         tiles = groups * triton.cdiv(out_channels, tile["block_n"])
         return (triton.cdiv(positions, tile["block_m"]), tiles, len(x))
 
-    _tuned[grid](
+    launched = kernel() if _interpreted() else _tuned()
+    launched[grid](
         x,
         weights,
         x if bias is None else bias,
@@ -153,5 +168,5 @@ def launch(
         has_bias=bias is not None,
         unrolled=channels < _NARROW,
         precision="ieee" if x.dtype == torch.float32 else "tf32",
-        **(_FIXED if _INTERPRETED else {}),
+        **(_FIXED if _interpreted() else {}),
     )

@@ -196,3 +196,11 @@ def test_students_share_slots_only_where_nothing_but_numbers_differs(teacher):
     assert signed() == signed()
     assert hash(signed()) == hash(signed())
     assert len({signed(), signed(size=96), signed(width=0.25), signed(fusion={"kind": "sum"})}) == 4
+
+
+@pytest.mark.parametrize("bank", ["stfpm", "associative"], indirect=True)
+def test_the_compiler_sees_the_network_whole(bank, batch):
+    _, _, _, slotted = bank
+    traced = torch.compile(slotted, backend="aot_eager", fullgraph=True, dynamic=False)
+    expected, found = judge(slotted, batch), judge(traced, batch)
+    assert float((expected - found).abs().max()) <= 1e-5 * float(expected.abs().max())
