@@ -272,6 +272,19 @@ def test_a_hot_swap_is_seen_whole_or_not_at_all(versions):
     assert set(nearest) == set(range(len(valid)))
 
 
+def test_a_slot_whose_copy_failed_is_written_again(bench, monkeypatch):
+    residents = [bench.add_other(seed) for seed in (1, 2)]
+    bank = residents[0].held.bank
+    for resident in residents:
+        bank.table.forget(resident.held.serial)
+    bank._slots.fill_(255)
+    row, residents[1].held.row = residents[1].held.row, torch.zeros(3, dtype=torch.uint8)
+    with pytest.raises(RuntimeError, match="must match"):
+        bench.executor.run(requests_for(residents, 4))
+    residents[1].held.row = row
+    bench.assert_judged(requests_for(residents, 4))
+
+
 def test_slots_are_taken_from_who_was_not_used_for_longest():
     table = SlotTable(3)
     assert table.assign([10, 11, 12, 10]) == {10: 0, 11: 1, 12: 2}

@@ -127,10 +127,10 @@ class Banks:
             logger.warning("%s: out of memory with %d frames at once; smaller batches from now on", self._device, count)
         with self.pause():
             # A power of two, since those are captured.
-            self.max_batch = min(self.max_batch, 1 << ((count // 2).bit_length() - 1))
-            for lane in self._lanes.values():
+            self.max_batch = min(self.max_batch, 1 << (max(1, count // 2).bit_length() - 1))
+            for lane in list(self._lanes.values()):
                 lane.looks.drop_above(self.max_batch)
-            for bank in self.by_structure.values():
+            for bank in list(self.by_structure.values()):
                 bank.mixed.drop_above(self.max_batch)
                 bank.plain.drop_above(self.max_batch)
         # While a graph is captured nothing may be freed; what is captured then frees the cache itself.

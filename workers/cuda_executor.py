@@ -93,7 +93,8 @@ class CudaExecutor(Executor):
     def run(self, requests: Sequence[Request]) -> tuple[np.ndarray, np.ndarray]:
         """See `Executor.run`; an image may also be a (H, W, 3) uint8 tensor on the device, complete for any stream.
 
-        Frames beyond the largest batch, or of more versions than there are slots, are computed in parts that overlap.
+        There is one frame at least. Frames beyond the largest batch, or of more versions than there are slots, are
+        computed in parts that overlap.
         Several threads may run batches at once: one's copies then overlap with another's computation.
         """
         done: list[_Batch] = []

@@ -4,6 +4,7 @@ import logging
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -45,6 +46,9 @@ class Graphs:
         self._device = device
         # No other stream of this priority is made, so nobody else's work can fall into a capture.
         self._stream = Stream(device, priority=-1)
+        # Apart from it: libraries keep a workspace for each stream. One that a capture allocates lies in the pool,
+        # where nothing but replays uses it; one that a rehearsal has left would be shared with the next rehearsal.
+        self._rehearsals = Stream(device)
         self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
 
     def capture(self, job: Job, compute: Compute, capacity: int) -> Callable[[], None]:
@@ -57,10 +61,10 @@ class Graphs:
             return plainly
         with capturing, torch.cuda.device(self._device):
             torch.cuda.synchronize()
-            with self._stream.use():
+            with self._rehearsals.use():
                 for _ in range(_REHEARSALS):
                     job.rehearse(compute, capacity)
-            self._stream.finish()
+            self._rehearsals.finish()
             try:
                 return self._recorded(plainly)
             except RuntimeError as error:
@@ -72,10 +76,25 @@ class Graphs:
 
     def _recorded(self, work: Callable[[], None]) -> Callable[[], None]:
         graph = torch.cuda.CUDAGraph()
-        # Other threads copy, decode and allocate meanwhile: that is none of the capture's business.
-        with torch.cuda.graph(graph, self._pool, self._stream.cuda, capture_error_mode="thread_local"):
+        # Other threads copy, decode and allocate meanwhile: that is none of the capture's business. The stream is put
+        # back by its own context too, since a capture that fails leaves it in place.
+        with (
+            self._stream.use(),
+            torch.cuda.graph(graph, self._pool, self._stream.cuda, capture_error_mode="thread_local"),
+        ):
             work()
-        return graph.replay
+        return _Recorded(graph, work)
+
+
+@dataclass(frozen=True)
+class _Recorded:
+    """A graph, and the work whose tensors it reads: they must live as long."""
+
+    graph: torch.cuda.CUDAGraph
+    work: Callable[[], None]
+
+    def __call__(self) -> None:
+        self.graph.replay()
 
 
 class Captures:

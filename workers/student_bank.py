@@ -98,11 +98,18 @@ class StudentBank:
     def bring(self, versions: Sequence[Held]) -> None:
         """Queue copies of those that have no slot, in place of others that are not among them."""
         rows = {held.serial: held.row for held in versions}
-        for serial, slot in self.table.assign(rows).items():
-            self._streams.weights.wait(self._used.pop(slot, None))
-            with self._streams.weights.use():
-                self._slots[slot].copy_(rows[serial], non_blocking=True)
-            self._written[slot] = self._streams.weights.mark()
+        new = self.table.assign(rows)
+        try:
+            for serial, slot in new.items():
+                self._streams.weights.wait(self._used.pop(slot, None))
+                with self._streams.weights.use():
+                    self._slots[slot].copy_(rows[serial], non_blocking=True)
+                self._written[slot] = self._streams.weights.mark()
+        except BaseException:
+            # A slot that was not written must not count as one that was.
+            for serial in new:
+                self.table.forget(serial)
+            raise
 
     def queue(self, rows: list[int], versions: Sequence[Held], staged: Tensor) -> Tensor:
         """Queue the judging of some of the lane's rows; the compute stream is the current one.
