@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import texture
 
+from models.detectors import DETECTORS, make_detector
 from models.errors import ModelError
 from models.inference import infer, prepare, to_input
 from models.preprocess import fit_to_input
@@ -97,6 +98,30 @@ def test_mixed_batches_of_any_size_give_every_frame_its_own_map(bench, count):
     residents = [bench.add("bolt"), bench.add_other(1), bench.add("nut"), bench.add("bolt_new"), bench.add_other(2)]
     bench.assert_judged(requests_for(residents, count))
     assert len(bench.executor._banks.by_structure) == 2
+
+
+def test_detectors_of_every_kind_share_a_batch(versions):
+    bench = Bench(versions)
+    kinds = {name: {"width": 0.125} for name in DETECTORS if name != "fcl"}
+    kinds["fcl"] = {"host": "reverse", "host_options": {"width": 0.125}, "snc": {"form": "masked"}}
+    residents = [
+        bench.add_other(seed, make_detector(name, options)) for name, options in kinds.items() for seed in (1, 2)
+    ]
+    requests = requests_for(residents, 2 * len(residents))
+    maps, scores = bench.executor.run(requests)
+    for request, found, score in zip(requests, maps, scores, strict=True):
+        expected = bench.expected(request.resident, request.image)
+        assert np.abs(found - expected).max() <= 1e-5 * expected.max()
+        method = request.resident.detector
+        assert score == pytest.approx(float(method.score(torch.from_numpy(expected)[None])), rel=1e-5)
+    assert len(bench.executor._banks.by_structure) == len(DETECTORS)
+
+
+def test_half_precision_stays_near_full_precision(versions):
+    bench = Bench(versions, dtype=torch.bfloat16)
+    residents = [bench.add("bolt"), bench.add("nut")]
+    bench.assert_judged(requests_for(residents, 5), 0.05)
+    assert residents[0].held.bank._student.statistics.scale.dtype == torch.float32
 
 
 def test_a_batch_of_one_product_goes_through_plain_networks(bench):

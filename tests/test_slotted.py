@@ -5,12 +5,13 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from models.detectors import DETECTORS, make_detector
 from models.inference import infer, prepare
 from models.slot_layout import SlotLayout, bind, tensors_of
 from models.slotted import Slotted, signature
-from models.teachers import load_teacher
+from models.teachers import STRIDES, load_teacher
 
 SIZE, PRODUCTS = 64, 4
 SLOTS = [2, 0, 2, 3, 1, 0]
@@ -204,3 +205,34 @@ def test_the_compiler_sees_the_network_whole(bank, batch):
     traced = torch.compile(slotted, backend="aot_eager", fullgraph=True, dynamic=False)
     expected, found = judge(slotted, batch), judge(traced, batch)
     assert float((expected - found).abs().max()) <= 1e-5 * float(expected.abs().max())
+
+
+def faked(module):
+    """Bind a module to tensors that claim to lie on a GPU and hold nothing; made within the mode that plays it."""
+    there = {
+        name: torch.empty_strided(each.shape, each.stride(), dtype=each.dtype, device="cuda")
+        for name, each in tensors_of(module).items()
+    }
+    bind(module, there)
+    return module
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")  # by copies of what is not real
+@pytest.mark.parametrize("case", ["stfpm", "asymts", "reverse-dense", "efficientad", "associative", "fcl-masked"])
+def test_on_a_gpu_nothing_waits_for_the_host_or_is_left_there(case, teacher, monkeypatch):
+    """What a capture forbids, tensors of the host and looks at values, a played GPU refuses too."""
+    detector = make_detector(*CASES[case])
+    student = trained(detector, teacher, 1, torch.float16)
+    # The player cannot move modules from one unreal device to another.
+    monkeypatch.setattr(nn.Module, "to", lambda self, device: self)
+    with FakeTensorMode(), torch.no_grad():
+        rows = torch.empty(3, SlotLayout.of(student).nbytes, dtype=torch.uint8, device="cuda")
+        slotted = Slotted(faked(student), detector, SIZE, rows)
+        images = torch.empty(4, 3, SIZE, SIZE, dtype=torch.float16, device="cuda")
+        features = tuple(
+            torch.empty(4, count, SIZE // stride, SIZE // stride, dtype=torch.float16, device="cuda")
+            for count, stride in zip(teacher.channels, STRIDES, strict=True)
+        )
+        maps, scores = slotted(images, features, torch.zeros(4, dtype=torch.long, device="cuda"))
+    assert (maps.shape, maps.device.type) == ((4, SIZE, SIZE), "cuda")
+    assert (scores.shape, scores.device.type) == ((4,), "cuda")
