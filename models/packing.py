@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 # Operators of our own around oneDNN's, which have no rule for shapes where the weights' layout is opaque. `geometry`
 # is padding, stride and dilation of both axes, then groups.
-_OPERATORS = torch.library.Library("proctor", "DEF")
+_OPERATORS = torch.library.Library("proctor", "FRAGMENT")
 _OPERATORS.define("convolution(Tensor x, Tensor weight, Tensor? bias, SymInt[] geometry, str activation) -> Tensor")
 _OPERATORS.define("convolution_add(Tensor x, Tensor added, Tensor weight, Tensor? bias, SymInt[] geometry) -> Tensor")
 

@@ -6,7 +6,7 @@ nothing. Until its compiled form is there, and where there never is one, it comp
 
 from __future__ import annotations
 
-import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
 
-logger = logging.getLogger(__name__)
+_TIMED = 5
 
 State = Mapping[str, Tensor]
 Tensors = tuple[Tensor, ...]
@@ -56,7 +56,7 @@ class Program:
         return _shapes(inputs) in self._compiled
 
     def compile(self, state: State, inputs: Tensors, threads: int) -> None:
-        """Compile for the shapes of `inputs`; calls go on meanwhile.
+        """Compile for the shapes of `inputs`, and keep the result where it is faster; calls go on meanwhile.
 
         Args:
             state: Of a network of this build.
@@ -77,8 +77,10 @@ class Program:
             graph = make_fx(flat)(*arguments)
             options = {"cpp.threads": threads, "compile_threads": 1}
             compiled = torch._inductor.compile(graph, list(arguments), options=options)
-            compiled(*arguments)
-        self._compiled[_shapes(inputs)] = compiled
+            # What the compiler makes of gathers is slower at times than what it replaces.
+            eager_s, compiled_s = _seconds(lambda: flat(*arguments)), _seconds(lambda: compiled(*arguments))
+        if compiled_s < eager_s:
+            self._compiled[_shapes(inputs)] = compiled
 
 
 class _Computation(nn.Module):
@@ -89,6 +91,16 @@ class _Computation(nn.Module):
 
     def forward(self, *inputs: Tensor) -> Tensors:
         return self.compute(self.network, *inputs)
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    """The processor time of a call: of this thread alone, whatever the others do."""
+    seconds = []
+    for _ in range(_TIMED):
+        started = time.thread_time()
+        call()
+        seconds.append(time.thread_time() - started)
+    return min(seconds)
 
 
 def _shapes(inputs: Tensors) -> tuple[torch.Size, ...]:

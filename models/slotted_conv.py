@@ -1,0 +1,83 @@
+"""A convolution whose frames each choose their weights: frame b is convolved with the weights of slot slots[b].
+
+On CUDA a kernel reads each frame's weights where they lie, so a batch of many products costs what a batch of one
+costs. Elsewhere, and for convolutions that the kernel does not suit, each frame's weights are gathered.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+# With fewer channels in a group (depthwise convolutions) matrix tiles would be mostly empty.
+_SMALLEST_GROUP = 8
+
+
+class Geometry(NamedTuple):
+    """How a kernel moves over the image; pairs are (vertical, horizontal)."""
+
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+
+    @property
+    def numbers(self) -> list[int]:
+        """The seven numbers in order."""
+        return [*self.stride, *self.padding, *self.dilation, self.groups]
+
+
+def slotted_conv2d(x: Tensor, weights: Tensor, bias: Tensor | None, slots: Tensor, geometry: Geometry) -> Tensor:
+    """Convolve each frame with its own slot's weights.
+
+    Args:
+        x: (B, C, H, W) float.
+        weights: (N, O, C / groups, kh, kw) of N slots, in x's dtype.
+        bias: (N, O) or None.
+        slots: (B,) int32 or int64 on x's device, each below N; the values are not looked at on the host.
+        geometry: Of the convolution.
+
+    Returns:
+        (B, O, OH, OW) in x's dtype, channels_last.
+    """
+    if x.is_cuda and (geometry.groups == 1 or weights.shape[2] >= _SMALLEST_GROUP):
+        return indirect_conv2d(x, weights, bias, slots, geometry.numbers)
+    return gathered_conv2d(x, weights, bias, slots, geometry)
+
+
+def gathered_conv2d(x: Tensor, weights: Tensor, bias: Tensor | None, slots: Tensor, geometry: Geometry) -> Tensor:
+    """As `slotted_conv2d`, by one convolution with a group for each frame over gathered weights."""
+    kernels = weights.index_select(0, slots)
+    shifts = None if bias is None else bias.index_select(0, slots).flatten()
+    stride, padding, dilation, groups = geometry
+    joined = x.contiguous().view(1, -1, *x.shape[2:])
+    out = F.conv2d(joined, kernels.flatten(0, 1), shifts, stride, padding, dilation, groups * len(x))
+    return out.view(len(x), -1, *out.shape[2:]).contiguous(memory_format=torch.channels_last)
+
+
+@torch.library.custom_op("proctor::indirect_conv2d", mutates_args=())
+def indirect_conv2d(x: Tensor, weights: Tensor, bias: Tensor | None, slots: Tensor, numbers: list[int]) -> Tensor:
+    """As `slotted_conv2d`, by the Triton kernel; an operator of its own so that compiled graphs keep it whole."""
+    from models.slotted_kernel import launch  # Triton is there on CUDA only
+
+    out = _output(x, weights, numbers)
+    launch(x.contiguous(memory_format=torch.channels_last), weights, bias, slots, out, tuple(numbers))
+    return out
+
+
+@indirect_conv2d.register_fake
+def _output(x: Tensor, weights: Tensor, *rest: Tensor | list[int] | None) -> Tensor:
+    """Return an empty result of the right shape."""
+    numbers = rest[-1]
+    assert isinstance(numbers, list)
+    sides = [
+        (x.shape[2 + axis] + 2 * numbers[2 + axis] - numbers[4 + axis] * (weights.shape[3 + axis] - 1) - 1)
+        // numbers[axis]
+        + 1
+        for axis in (0, 1)
+    ]
+    shape = (len(x), weights.shape[1], *sides)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)

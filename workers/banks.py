@@ -1,0 +1,153 @@
+"""What an executor keeps on a device: a lane for each teacher and input size, a bank for each structure of students."""
+
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+
+from models.detector import Detector, Student
+from models.slotted import Signature, signature
+from models.teachers import Teacher
+from workers.device_faults import is_out_of_memory
+from workers.graph_compiling import GraphCompiler
+from workers.graphs import Graphs, capturing
+from workers.lane import Lane
+from workers.streams import Streams
+from workers.student_bank import Held, StudentBank
+
+logger = logging.getLogger(__name__)
+
+Made = TypeVar("Made")
+
+# The old and the new version of a product lie beside each other, whatever the budget says.
+_FEWEST_SLOTS = 2
+
+
+@dataclass(frozen=True)
+class CudaLimits:
+    """How much of a device an executor takes.
+
+    Attributes:
+        max_batch: largest batch that is computed at once; larger ones are split.
+        memory_mb: of all students' slots.
+        slots: versions of one structure beside each other at the most.
+    """
+
+    max_batch: int = 128
+    memory_mb: float = 4096.0
+    slots: int = 256
+
+
+class Banks:
+    """Builds lanes and banks as versions need them, within a budget of memory.
+
+    Args:
+        device: where to compute.
+        dtype: of networks and features.
+        limits: of memory and batches.
+        compiled: whether networks are compiled in the background.
+
+    Attributes:
+        max_batch: largest batch that fits, as far as is known.
+        streams: of the device.
+        queueing: held by who queues work that reads or writes lanes' buffers or banks' slots.
+        by_structure: all banks.
+    """
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, limits: CudaLimits, compiled: bool) -> None:
+        self.max_batch, self.streams, self.queueing = limits.max_batch, Streams.of(device), threading.Lock()
+        self.by_structure: dict[tuple[int, Signature], StudentBank] = {}
+        self._lanes: dict[tuple[int, int], Lane] = {}
+        self._device, self._dtype, self._limits = device, dtype, limits
+        self._graphs, self._building = Graphs(device), threading.Lock()
+        self._compiler = GraphCompiler(self.pause) if compiled else None
+
+    def hold(self, detector: Detector, student: Student, teacher: Teacher, size: int) -> Held:
+        """Take a prepared student from the CPU, and bring it to the device if nobody must make room for it."""
+        with self._building:
+            held = Held(self._bank(self._lane(teacher, size), detector, student), student)
+        with self.queueing:
+            if held.bank.table.free():
+                held.bank.bring([held])
+        return held
+
+    def _lane(self, teacher: Teacher, size: int) -> Lane:
+        key = (id(teacher), size)
+        if key not in self._lanes:
+            lane = self._smaller(lambda _: Lane(teacher, size, self.max_batch, self._dtype, self._graphs))
+            self._lanes[key] = lane
+            if self._compiler:
+                self._compiler.ask(lane.looks, lambda: lane.look)
+        return self._lanes[key]
+
+    def _bank(self, lane: Lane, detector: Detector, student: Student) -> StudentBank:
+        key = (id(lane), signature(student, detector, lane.size))
+        if key not in self.by_structure:
+            self._drop_deserted()
+            free = self._limits.memory_mb * 1e6 - sum(bank.nbytes for bank in self.by_structure.values())
+            # Half of what is left, so that other structures find room too.
+            slots = max(_FEWEST_SLOTS, min(self._limits.slots, int(free / 2 / key[1][3].nbytes)))
+            bank = self._smaller(
+                lambda tries: StudentBank(
+                    lane, student, detector, max(_FEWEST_SLOTS, slots >> tries), self.max_batch, self.streams
+                )
+            )
+            self.by_structure[key] = bank
+            if self._compiler:
+                self._compiler.ask(bank.plain, lambda: bank.alone)
+                self._compiler.ask(bank.mixed, bank.slotted)
+        return self.by_structure[key]
+
+    def _drop_deserted(self) -> None:
+        """Give the memory of structures back that no version in use has."""
+        with self.pause():
+            for key in [key for key, bank in self.by_structure.items() if not len(bank.held)]:
+                del self.by_structure[key]
+
+    def _smaller(self, make: Callable[[int], Made]) -> Made:
+        """Make something that takes memory, with smaller batches if need be; it is told how often it was tried."""
+        tries = 0
+        while True:
+            try:
+                with torch.inference_mode(False), torch.no_grad():
+                    return make(tries)
+            except RuntimeError as error:
+                if not is_out_of_memory(error) or self.max_batch == 1:
+                    raise
+            self.shrink(self.max_batch)
+            tries += 1
+
+    def shrink(self, count: int) -> None:
+        """Remember that `count` rows are too many."""
+        if self.max_batch == self._limits.max_batch:
+            logger.warning("%s: out of memory with %d frames at once; smaller batches from now on", self._device, count)
+        with self.pause():
+            # A power of two, since those are captured.
+            self.max_batch = min(self.max_batch, 1 << (max(1, count // 2).bit_length() - 1))
+            for lane in list(self._lanes.values()):
+                lane.looks.drop_above(self.max_batch)
+            for bank in list(self.by_structure.values()):
+                bank.mixed.drop_above(self.max_batch)
+                bank.plain.drop_above(self.max_batch)
+        # While a graph is captured nothing may be freed; what is captured then frees the cache itself.
+        if self._device.type == "cuda" and capturing.acquire(blocking=False):
+            try:
+                torch.cuda.empty_cache()
+            finally:
+                capturing.release()
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Let no batch be queued nor under way."""
+        with self.queueing:
+            self.streams.finish()
+            yield
+
+    def close(self) -> None:
+        """End the compiling."""
+        if self._compiler:
+            self._compiler.end()
