@@ -1,0 +1,78 @@
+"""`proctor bench`: the programs that measure this machine."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cluster.origin import check_origin
+from cluster.terminal import Json, out, print_json, say
+
+bench_app = typer.Typer(help="Measured figures of this machine; needs no application.", no_args_is_help=True)
+
+Quick = Annotated[bool, typer.Option("--quick", help="Whether it works, in seconds; no figure to quote.")]
+Plot = Annotated[Path | None, typer.Option(help="Picture to draw.")]
+Threads = Annotated[int, typer.Option(min=1, help="CPU threads of the engine; 1 is a replica's default.")]
+Frames = Annotated[int, typer.Option(min=16, help="Frames of each measurement.")]
+
+
+@bench_app.callback()
+def _check() -> None:
+    # many projects have a folder of this name
+    check_origin(("benchmarks",))
+
+
+@bench_app.command("engine")
+def bench_engine(
+    quick: Quick = False,
+    threads: Threads = 1,
+    weights: Annotated[Path | None, typer.Option(help="Local ResNet-18 weights; else random, as fast.")] = None,
+    plot: Plot = None,
+    as_json: Json = False,
+) -> None:
+    """The engine over batches and products, beside the device's peak and a network for each product."""
+    from benchmarks.engine import measure
+    from cluster.bench_tables import engine_tables
+
+    document = measure(weights, threads, quick, say)
+    if plot is not None:
+        from benchmarks.plots import plot_engine
+
+        plot_engine(document, plot)
+    if as_json:
+        print_json(document)
+    else:
+        for table in engine_tables(document):
+            out.print(table)
+
+
+@bench_app.command("stream")
+def bench_stream(quick: Quick = False, frames: Frames = 4000, as_json: Json = False) -> None:
+    """Frames through a Valkey of its own without a network, beside a plain stream of the same bytes."""
+    from benchmarks.stream import measure
+    from cluster.bench_tables import stream_table
+
+    document = measure(frames, quick, say)
+    if as_json:
+        print_json(document)
+    else:
+        out.print(stream_table(document))
+
+
+@bench_app.command("pipeline")
+def bench_pipeline(
+    quick: Quick = False, threads: Threads = 1, frames: Frames = 2000, plot: Plot = None, as_json: Json = False
+) -> None:
+    """From a Valkey of its own to durable rows, beside each stage alone."""
+    from benchmarks.pipeline import measure
+    from cluster.bench_tables import pipeline_table
+
+    document = measure(frames, threads, quick, say)
+    if plot is not None:
+        from benchmarks.plots import plot_pipeline
+
+        plot_pipeline(document, plot)
+    if as_json:
+        print_json(document)
+    else:
+        out.print(pipeline_table(document))
