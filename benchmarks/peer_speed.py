@@ -56,7 +56,7 @@ def main() -> None:
         rounds = [_round(ways, options, number) for number in range(options.rounds)]
         versions = peer.versions
     rows = [_row(setting, taken) for (setting, _), taken in zip(ways, zip(*rounds, strict=True), strict=True)]
-    write(_figures(rows) | _circumstances(options, versions) | {"rows": rows}, options.json)
+    write(comparison(rows) | _circumstances(options, versions) | {"rows": rows}, options.json)
 
 
 class Peer:
@@ -152,7 +152,9 @@ def _row(setting: Setting, taken: tuple[dict[str, Any], ...]) -> dict[str, Any]:
     return setting | {"dtype": taken[0]["dtype"], "fps": round(statistics.median(rates), 2), "fps_of_rounds": rates}
 
 
-def _figures(rows: list[dict[str, Any]]) -> dict[str, Any]:
+def comparison(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the best setting of each side, and Proctor's over the peer's."""
+
     def best(**wanted: Any) -> dict[str, Any]:
         return max((row for row in rows if wanted.items() <= row.items()), key=lambda row: float(row["fps"]))
 

@@ -65,7 +65,7 @@ def measure(frames: int, threads: int, quick: bool, say: Say) -> dict[str, Any]:
         quick: few frames and one round.
         say: told each step.
     """
-    frames, rounds = (32, 1) if quick else (frames, _ROUNDS)
+    frames, rounds = (16, 1) if quick else (frames, _ROUNDS)
     settings = WorkerSettings()
     with tempfile.TemporaryDirectory() as path, EmbeddedServer.start(Path(path) / "redis") as valkey:
         folder = Path(path)
@@ -110,7 +110,7 @@ def _service(folder: Path, url: str, max_batch: int, threads: int) -> tuple[Engi
 def _measure(line: Line, given: Input, frames: int, rounds: int, say: Say) -> dict[str, Any]:
     with Cameras(line.url, given) as cameras:
         say(f"{given.name}: the loop warms up")
-        line.run(cameras, Order(PRODUCT, max(16, frames // 10)))
+        line.run(cameras, Order(PRODUCT, max(8, frames // 10)))
         stages: dict[str, list[float]] = {}
         loop: list[float] = []
         for number in range(rounds):

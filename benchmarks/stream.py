@@ -46,7 +46,7 @@ def main() -> None:
 
 def measure(frames: int, quick: bool, say: Say) -> dict[str, Any]:
     """Measure every input; return the document, the first input's figures at its top."""
-    frames, rounds = (160, 1) if quick else (frames, _ROUNDS)
+    frames, rounds = (80, 1) if quick else (frames, _ROUNDS)
     with tempfile.TemporaryDirectory() as folder, EmbeddedServer.start(Path(folder)) as valkey:
         rows = [_measure(valkey.url, each, frames, rounds, say) for each in INPUTS]
         version: Any = redis.Redis.from_url(valkey.url).info("server")

@@ -5,14 +5,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 
-from benchmarks.peer_speed import peer_settings
+from benchmarks.peer_speed import Peer, comparison, peer_settings
+from benchmarks.pictures import textures
 from benchmarks.precision import compare
 
 ROOT = Path(__file__).resolve().parents[1]
 PNG = b"\x89PNG"
+OURS = {"pair": 120.0, "default": 300.0}
 
 
 def run(*command: str) -> subprocess.CompletedProcess[str]:
@@ -71,13 +74,35 @@ def test_pipeline(tmp_path):
     assert picture.read_bytes().startswith(PNG)
 
 
-@pytest.mark.parametrize("command", [["cluster.cli", "bench", "engine"], ["benchmarks.engine"]])
-def test_weights_that_are_not_there_are_one_line(command):
-    done = run(*command, "--quick", "--weights", "nowhere.safetensors")
+def test_precision(tmp_path):
+    for number, image in enumerate(textures(24, 64)):
+        kind = ("train/good", "test/good", "test/scratch")[number % 3]
+        folder = tmp_path / "set" / kind
+        folder.mkdir(parents=True, exist_ok=True)
+        cv2.imwrite(str(folder / f"{number}.png"), 255 - image if kind.endswith("scratch") else image)
+    found = document("benchmarks.precision", "--data", str(tmp_path / "set"), "--steps", "2")
+    (each,) = found["sets"]
+    assert (found["frames"], found["steps"], each["set"]) == (16, 2, "set")
+    assert each["auroc_points"] == pytest.approx(each["image_auroc"] - each["image_auroc_float32"], abs=1e-3)
+    assert each["flip_share"] == pytest.approx(each["flips"] / each["frames"], abs=1e-6)
+    accepted = abs(found["auroc_points"]) <= 0.1 and found["flips_away_share"] <= 0.001
+    assert found["is_accepted"] == accepted
+
+
+def test_weights_that_are_not_there_are_one_line():
+    done = run("cluster.cli", "bench", "engine", "--quick", "--weights", "nowhere.safetensors")
     assert done.returncode == 1
     assert done.stdout == ""
     assert "teacher weights nowhere.safetensors: no such file" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(("to", "says"), [("picture.bmp", "ends in .png"), ("nowhere/picture.png", "no such folder")])
+def test_a_picture_that_cannot_be_drawn_is_said_before_the_measuring(to, says):
+    done = run("cluster.cli", "bench", "pipeline", "--plot", to)
+    assert done.returncode == 1
+    assert says in done.stderr
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_a_flip_counts_as_away_only_beyond_two_percent_of_the_threshold():
@@ -89,7 +114,27 @@ def test_a_flip_counts_as_away_only_beyond_two_percent_of_the_threshold():
     assert found["auroc_points"] == -25.0
 
 
-def test_the_peer_runs_in_every_precision_both_modes_and_two_batches():
-    openvino = [each for each in peer_settings() if each["runtime"] == "openvino"]
-    seen = {(each["precision"], each["mode"], each["batch"]) for each in openvino}
-    assert len(seen) == len(openvino) == 3 * 2 * 2
+# Answers as `benchmarks.anomalib_speed` does: a batch of 8 is twice as fast as one of 1.
+ANOMALIB = """#!{python}
+import json, sys
+print(json.dumps({{"anomalib": "0"}}), flush=True)
+for line in sys.stdin:
+    batch = json.loads(line)["setting"]["batch"]
+    print(json.dumps({{"fps": 50.0 if batch == 1 else 100.0, "dtype": "f32"}}), flush=True)
+"""
+
+
+def test_the_peer_is_asked_for_every_setting_and_its_best_one_counts(tmp_path):
+    python = tmp_path / "python"
+    python.write_text(ANOMALIB.format(python=sys.executable))
+    python.chmod(0o755)
+    settings = peer_settings()
+    with Peer(python, tmp_path / "weights", 2) as peer:
+        assert peer.versions == {"anomalib": "0"}
+        rows = [setting | peer.measure(setting, 0.1) for setting in settings]
+    openvino = {(each["precision"], each["mode"], each["batch"]) for each in settings if each["runtime"] == "openvino"}
+    assert len(openvino) == 3 * 2 * 2
+    rows += [{"network": name, "runtime": "engine", "batch": 8, "fps": fps} for name, fps in OURS.items()]
+    found = comparison(rows)
+    assert found["best_openvino_fps"] == 100.0
+    assert (found["same_network_to_best_openvino"], found["default_to_best_openvino"]) == (1.2, 3.0)
