@@ -36,6 +36,7 @@ from workers.residency import Residency
 from workers.settings import WorkerSettings
 
 _ROUNDS = 3
+_HELD_BYTES = 128 * 2**20
 _SLACK_MS = 5.0
 
 
@@ -130,8 +131,9 @@ def _measure(line: Line, given: Input, frames: int, rounds: int, say: Say) -> di
 def _stages(line: Line, cameras: Cameras, given: Input, frames: int) -> dict[str, float]:
     """Frames a second of each stage alone; what was published is then read, recorded and settled."""
     stream = line.stream()
-    publish_fps = publishing(cameras, frames)
-    read_fps, entries = reading(line, stream, frames)
+    held = min(frames, _HELD_BYTES // cameras.bytes_per_frame)  # all in the server at once
+    publish_fps = publishing(cameras, held)
+    read_fps, entries = reading(line, stream, held)
     record_fps = recording(line, stream, entries, DEFAULT.size)
     stream.close()
     return {
