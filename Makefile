@@ -28,7 +28,7 @@ lint: install
 	$(BIN)/mypy
 
 bench: install
-	$(BIN)/python -m benchmarks.loop --json benchmarks/results/loop.json
+	$(BIN)/python -m benchmarks.pipeline --json benchmarks/results/pipeline.json
 
 clean:
 	rm -rf .venv .proctor

@@ -76,7 +76,7 @@ def _measure(folder: Path, method: str, options: argparse.Namespace, device: tor
     if method == "stfpm":
         published = _EPOCHS * math.ceil(len(train) / _BATCH)
         steps = options.steps or published
-        model = _train_stfpm(_read(train, transform), weights, steps, device)
+        model = train_stfpm(_read(train, transform), weights, steps, device)
         budget = {"train_images": len(train), "steps": steps, "published_steps": published, "batch": _BATCH}
     else:
         if options.train_images and options.train_images < len(train):
@@ -106,7 +106,8 @@ def _measure(folder: Path, method: str, options: argparse.Namespace, device: tor
     return {"name": folder.name, "method": method, **budget, "fit_seconds": round(fit_seconds, 1), **speeds}
 
 
-def _train_stfpm(images: Tensor, weights: dict[str, Tensor], steps: int, device: torch.device) -> nn.Module:
+def train_stfpm(images: Tensor, weights: dict[str, Tensor], steps: int, device: torch.device) -> nn.Module:
+    """Train anomalib's STFPM on (N, 3, S, S) normalised images."""
     extractor = "anomalib.models.image.stfpm.torch_model.TimmFeatureExtractor"
     # The teacher alone asks for weights, by a download that the file replaces.
     with mock.patch(extractor, lambda **given: TimmFeatureExtractor(**given | {"pre_trained": False})):
@@ -146,7 +147,7 @@ def _judge(model: nn.Module, device: torch.device, images: Tensor) -> tuple[np.n
     return found.anomaly_map.squeeze(1).cpu().numpy(), found.pred_score.flatten().cpu().numpy()
 
 
-class _Outputs(nn.Module):
+class Outputs(nn.Module):
     """A model whose result a compiler can follow: map and score alone."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -154,6 +155,7 @@ class _Outputs(nn.Module):
         self._model = model
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (B, 1, S, S) maps and (B, 1) scores of (B, 3, S, S) normalised images."""
         found = self._model(images)
         return found.anomaly_map, found.pred_score
 
@@ -166,7 +168,7 @@ class _OpenVino:
     """
 
     def __init__(self, model: nn.Module, threads: int) -> None:
-        self._model = _Outputs(model.cpu()).eval()
+        self._model = Outputs(model.cpu()).eval()
         self._threads = threads
         self.dtype: str | None = None
         self._compiled: dict[int, Callable[[list[np.ndarray]], object]] = {}

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from cluster.bench_commands import bench_app
 from cluster.config import ProctorConfig
 from cluster.dead_commands import dead_app
 from cluster.errors import ProctorError
@@ -22,6 +23,7 @@ app = typer.Typer(
 )
 app.add_typer(models_app, name="models")
 app.add_typer(dead_app, name="dead")
+app.add_typer(bench_app, name="bench")
 
 
 class ResultFormat(StrEnum):

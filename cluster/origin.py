@@ -13,14 +13,14 @@ from cluster.errors import ProctorError
 PACKAGES = ("producers", "models", "workers", "cluster")
 
 
-def check_origin() -> None:
-    """Check, without importing anything, that the four packages come from one installation: this file's.
+def check_origin(packages: tuple[str, ...] = PACKAGES) -> None:
+    """Check, without importing anything, that the packages come from one installation: this file's.
 
     Raises:
         ProctorError: one of them is missing or lies elsewhere; the line names both places and the remedy.
     """
     home = Path(__file__).resolve().parents[1]
-    for package in PACKAGES:
+    for package in packages:
         expected, found = home / package, _location(package)
         if found is None:
             raise ProctorError(f"the package {package} is missing at {expected}: install Proctor again")

@@ -17,7 +17,8 @@ ARROWS = {
     "producers": set(),
     "models": set(),
     "workers": {"models", "producers"},
-    "cluster": {"workers", "models", "producers"},
+    "cluster": {"workers", "models", "producers", "benchmarks"},  # `proctor bench`, inside its commands alone
+    "benchmarks": {"cluster", "workers", "models", "producers"},
 }
 # What a leaf never imports, not even inside a function.
 FOREIGN = {"producers": {"torch", "torchvision", "timm", "ray"}, "models": {"redis", "ray"}}
@@ -72,7 +73,7 @@ def loads(modules: list[str], forbidden: list[str]) -> str:
 @pytest.mark.parametrize("path", MODULES, ids=module_name)
 def test_imports_follow_the_arrows(path):
     package = path.relative_to(ROOT).parts[0]
-    forbidden = (set(ARROWS) - ARROWS[package] - {package}) | FOREIGN.get(package, set()) | {"tests", "benchmarks"}
+    forbidden = (set(ARROWS) - ARROWS[package] - {package}) | FOREIGN.get(package, set()) | {"tests"}
     wrong = [
         f"{path.relative_to(ROOT)}:{line} imports {name}" for name, line in imported_roots(path) if name in forbidden
     ]
@@ -96,19 +97,28 @@ def test_a_leaf_loads_nothing_heavy_of_the_others(package, forbidden):
         ("workers.loop", ["ray"]),  # the loop runs, and is tested, without Ray
         ("cluster.cli", ["torch", "ray"]),  # `proctor --help` answers at once
         ("cluster.autoscaling", ["torch"]),  # Serve imports it in its controller
+        ("benchmarks.engine", ["ray", "redis", "matplotlib"]),  # it runs where there is a GPU and little else
+        ("benchmarks.cameras", ["torch", "ray"]),  # cameras start at once
     ],
 )
 def test_a_module_stays_light(module, forbidden):
     assert loads([module], forbidden) == ""
 
 
-def test_the_distribution_holds_the_four_packages_and_nothing_else():
+def test_the_distribution_holds_the_packages_and_nothing_else():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    assert sorted(project["tool"]["setuptools"]["packages"]) == sorted(ARROWS)
+    folders = {".".join(path.relative_to(ROOT).parts[:-1]) for path in MODULES}
+    assert sorted(project["tool"]["setuptools"]["packages"]) == sorted(folders)
 
 
-def test_every_module_lies_flat_in_its_package_so_that_it_is_distributed():
-    assert [str(path) for path in MODULES if len(path.relative_to(ROOT).parts) != 2] == []
+def test_the_modules_of_the_four_packages_lie_flat():
+    four = [path for path in MODULES if not path.is_relative_to(ROOT / "benchmarks")]
+    assert [str(path) for path in four if len(path.relative_to(ROOT).parts) != 2] == []
+
+
+def test_only_the_bench_commands_know_the_benchmarks():
+    knowing = {module_name(path) for path in MODULES if "benchmarks" in {name for name, _ in imported_roots(path)}}
+    assert {name for name in knowing if not name.startswith("benchmarks")} == {"cluster.bench_commands"}
 
 
 def test_the_tests_lie_flat():

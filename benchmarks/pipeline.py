@@ -1,0 +1,163 @@
+"""The inspection loop from a real Valkey to durable rows, against each of its stages alone.
+
+    python -m benchmarks.pipeline --json benchmarks/results/pipeline.json --plot docs/pictures/pipeline.png
+    python -m benchmarks.pipeline --threads 2
+    python -m benchmarks.pipeline --quick
+
+Runs without Ray, with the configured default recipe trained for one step, since accuracy does not matter to speed.
+Two cameras in a process of their own publish JPEG of 256 x 256, JPEG of 1024 x 1024 and raw 256 x 256 as fast as they
+may. Measured for each input: every stage alone, with the threads that it has in the loop; what the loop does end to
+end, from the first publish to the last acknowledgement; and the latency from capture to verdict at half of that,
+beside two full batches of the engine plus 5 ms. All frames pass, so 2 % of the rows have map and image.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import redis
+
+from benchmarks.cameras import Cameras, Order
+from benchmarks.document import Say, ratio, say, write
+from benchmarks.line import PRODUCT, Line
+from benchmarks.machine import describe_machine
+from benchmarks.networks import DEFAULT, Weights, await_ready, make_engine, publish, trained
+from benchmarks.pictures import INPUTS, PICTURES, Input, textures
+from benchmarks.stages import decoding, engine_alone, publishing, reading, recording
+from cluster.server import EmbeddedServer
+from models.registry import Registry
+from workers.engine import Engine
+from workers.pointers import Pointers
+from workers.residency import Residency
+from workers.settings import WorkerSettings
+
+_ROUNDS = 3
+_HELD_BYTES = 128 * 2**20
+_SLACK_MS = 5.0
+
+
+def main() -> None:
+    """Measure and write the document."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--frames", type=int, default=2000, help="frames of each measurement")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads of the engine; 1 is a replica's default")
+    parser.add_argument("--quick", action="store_true", help="whether it works, in seconds; no figure to quote")
+    parser.add_argument("--json", type=Path, help="where the document goes, beside standard output")
+    parser.add_argument("--plot", type=Path, help="picture to draw")
+    options = parser.parse_args()
+    document = measure(options.frames, options.threads, options.quick, say)
+    if options.plot:
+        from benchmarks.plots import plot_pipeline
+
+        plot_pipeline(document, options.plot)
+    write(document, options.json)
+
+
+def measure(frames: int, threads: int, quick: bool, say: Say) -> dict[str, Any]:
+    """Measure every input; return the document, the first input's figures at its top.
+
+    Args:
+        frames: of each measurement.
+        threads: of the engine, on a CPU.
+        quick: few frames and one round.
+        say: told each step.
+    """
+    frames, rounds = (16, 1) if quick else (frames, _ROUNDS)
+    settings = WorkerSettings()
+    with tempfile.TemporaryDirectory() as path, EmbeddedServer.start(Path(path) / "redis") as valkey:
+        folder = Path(path)
+        say(f"{DEFAULT.detector}, {DEFAULT.teacher}, {DEFAULT.size}²: into service")
+        engine, residency = _service(folder, valkey.url, settings.max_batch, threads)
+        line = Line(valkey.url, folder, engine, residency, settings)
+        rows = [_measure(line, each, frames, rounds, say) for each in INPUTS]
+    top = ("slowest_stage", "slowest_fps", "loop_to_slowest", "latency_ms_at_half_load", "latency_bound_ms")
+    return {
+        "input": rows[0]["input"],
+        "loop_fps": rows[0]["loop_fps"],
+        **{name: rows[0][name] for name in top},
+        "benchmark": "pipeline",
+        "machine": describe_machine(),
+        "network": f"{DEFAULT.detector}, {DEFAULT.teacher}, {DEFAULT.size} x {DEFAULT.size}",
+        "device": str(engine.device),
+        "dtype": str(engine.dtype).removeprefix("torch."),
+        "threads": threads,
+        "decode_threads": settings.decode_threads,
+        "batch": settings.max_batch,
+        "frames": frames,
+        "rounds": rounds,
+        "quick": quick,
+        "rows": rows,
+    }
+
+
+def _service(folder: Path, url: str, max_batch: int, threads: int) -> tuple[Engine, Residency]:
+    """Publish a version that passes everything, and take it into service as a replica does."""
+    weights = Weights(None, folder)
+    registry = Registry(folder / "registry")
+    student = trained(DEFAULT, weights)
+    pointers = Pointers(redis.Redis.from_url(url), registry)
+    pointers.promote(PRODUCT, publish(registry, student, PRODUCT, threshold=1e6))
+    engine = make_engine(registry, weights, max_batch, threads)
+    residency = Residency(engine, pointers, WorkerSettings().pointer_poll_s)
+    residency.follow()
+    await_ready(engine)
+    return engine, residency
+
+
+def _measure(line: Line, given: Input, frames: int, rounds: int, say: Say) -> dict[str, Any]:
+    with Cameras(line.url, given) as cameras:
+        say(f"{given.name}: the loop warms up")
+        line.run(cameras, Order(PRODUCT, max(8, frames // 10)))
+        stages: dict[str, list[float]] = {}
+        loop: list[float] = []
+        for number in range(rounds):
+            say(f"{given.name}: round {number + 1} of {rounds}, each stage alone, then the loop")
+            for name, fps in _stages(line, cameras, given, frames).items():
+                stages.setdefault(name, []).append(fps)
+            loop.append(line.run(cameras, Order(PRODUCT, frames))[0])
+        loop_fps = float(np.median(loop))
+        say(f"{given.name}: latency at {loop_fps / 2:.0f} frames/s")
+        _, latency_ms = line.run(cameras, Order(PRODUCT, frames // 2, fps=loop_fps / 2))
+        size = cameras.bytes_per_frame
+    return {"input": given.name, "bytes_per_frame": size, "loop_fps": round(loop_fps, 1)} | _figures(
+        line, {name: round(float(np.median(fps)), 1) for name, fps in stages.items()}, round(loop_fps, 1), latency_ms
+    )
+
+
+def _stages(line: Line, cameras: Cameras, given: Input, frames: int) -> dict[str, float]:
+    """Frames a second of each stage alone; what was published is then read, recorded and settled."""
+    stream = line.stream()
+    held = min(frames, _HELD_BYTES // cameras.bytes_per_frame)  # all in the server at once
+    publish_fps = publishing(cameras, held)
+    read_fps, entries = reading(line, stream, held)
+    record_fps = recording(line, stream, entries, DEFAULT.size)
+    stream.close()
+    return {
+        "publish": publish_fps,
+        "read": read_fps,
+        "decode": decoding(given.pictures(), frames, DEFAULT.size, line.settings.decode_threads),
+        "engine": engine_alone(line.engine, textures(PICTURES, DEFAULT.size), line.settings.max_batch, frames),
+        "record": record_fps,
+    }
+
+
+def _figures(line: Line, stages: dict[str, float], loop_fps: float, latency_ms: np.ndarray) -> dict[str, Any]:
+    slowest = min(stages, key=lambda name: stages[name])
+    batch_ms = line.settings.max_batch / stages["engine"] * 1e3
+    return {
+        "stages_fps": stages,
+        "slowest_stage": slowest,
+        "slowest_fps": stages[slowest],
+        "loop_to_slowest": ratio(loop_fps, stages[slowest]),
+        "batch_ms": round(batch_ms, 2),
+        "latency_ms_at_half_load": {f"p{p}": round(float(np.percentile(latency_ms, p)), 2) for p in (50, 99)},
+        "latency_bound_ms": round(2 * batch_ms + _SLACK_MS, 2),
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""`proctor bench`: the programs that measure this machine."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cluster.errors import ProctorError
+from cluster.origin import check_origin
+from cluster.terminal import Json, out, print_json, say
+
+bench_app = typer.Typer(help="Measured figures of this machine; needs no application.", no_args_is_help=True)
+
+_PICTURES = (".png", ".svg", ".pdf")
+Quick = Annotated[bool, typer.Option("--quick", help="Whether it works, in seconds; no figure to quote.")]
+Plot = Annotated[Path | None, typer.Option(help="Picture to draw.")]
+Threads = Annotated[int, typer.Option(min=1, help="CPU threads of the engine; 1 is a replica's default.")]
+Frames = Annotated[int, typer.Option(min=16, help="Frames of each measurement.")]
+
+
+@bench_app.callback()
+def _check() -> None:
+    # many projects have a folder of this name
+    check_origin(("benchmarks",))
+
+
+@bench_app.command("engine")
+def bench_engine(
+    quick: Quick = False,
+    threads: Threads = 1,
+    weights: Annotated[Path | None, typer.Option(help="Local ResNet-18 weights; else random, as fast.")] = None,
+    plot: Plot = None,
+    as_json: Json = False,
+) -> None:
+    """The engine over batches and products, beside the device's peak and a network for each product."""
+    _check_picture(plot)
+    from benchmarks.engine import measure
+    from cluster.bench_tables import engine_tables
+
+    document = measure(weights, threads, quick, say)
+    if plot is not None:
+        from benchmarks.plots import plot_engine
+
+        _draw(plot_engine, document, plot)
+    if as_json:
+        print_json(document)
+    else:
+        for table in engine_tables(document):
+            out.print(table)
+
+
+@bench_app.command("stream")
+def bench_stream(quick: Quick = False, frames: Frames = 4000, as_json: Json = False) -> None:
+    """Frames through a Valkey of its own without a network, beside a plain stream of the same bytes."""
+    from benchmarks.stream import measure
+    from cluster.bench_tables import stream_table
+
+    document = measure(frames, quick, say)
+    if as_json:
+        print_json(document)
+    else:
+        out.print(stream_table(document))
+
+
+@bench_app.command("pipeline")
+def bench_pipeline(
+    quick: Quick = False, threads: Threads = 1, frames: Frames = 2000, plot: Plot = None, as_json: Json = False
+) -> None:
+    """From a Valkey of its own to durable rows, beside each stage alone."""
+    _check_picture(plot)
+    from benchmarks.pipeline import measure
+    from cluster.bench_tables import pipeline_table
+
+    document = measure(frames, threads, quick, say)
+    if plot is not None:
+        from benchmarks.plots import plot_pipeline
+
+        _draw(plot_pipeline, document, plot)
+    if as_json:
+        print_json(document)
+    else:
+        out.print(pipeline_table(document))
+
+
+def _check_picture(plot: Path | None) -> None:
+    """Refuse a picture that could not be drawn, before minutes of measuring."""
+    if plot is not None and plot.suffix not in _PICTURES:
+        raise ProctorError(f"--plot {plot}: expected a name that ends in {', '.join(_PICTURES)}")
+    if plot is not None and not plot.absolute().parent.is_dir():
+        raise ProctorError(f"--plot {plot}: no such folder: {plot.absolute().parent}")
+
+
+def _draw(plot: Callable[[dict[str, Any], Path], None], document: dict[str, Any], to: Path) -> None:
+    try:
+        plot(document, to)
+    except OSError as error:
+        raise ProctorError(f"cannot write {to}: {error.strerror or error}") from None
