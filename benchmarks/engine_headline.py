@@ -33,7 +33,7 @@ def headline(bench: Bench, rounds: int, swaps: int, say: Say) -> dict[str, Any]:
     batch = bench.sizes.batch
     student, registry = trained(PAIR, bench.weights), Registry(bench.folder / "headline")
     say(f"{PAIR.name}: {batch} products into service, and a network of its own for each")
-    engine = make_engine(registry, bench.weights, batch, bench.threads)
+    engine = make_engine(registry, bench.weights, bench.budget(batch))
     pictures = list(itertools.islice(itertools.cycle(textures(PICTURES, PAIR.size)), batch))
     with serving(engine, registry, student, batch) as residents:
         calls = _engine_calls(engine, residents, pictures, batch) | _plain_calls(bench, student, pictures)

@@ -12,12 +12,12 @@ import numpy as np
 import torch
 
 from benchmarks.document import Say, ratio
-from benchmarks.networks import Network, Weights, bytes_of, make_engine, serving, trained
+from benchmarks.networks import Network, Weights, make_engine, serving, trained
 from benchmarks.pictures import PICTURES, textures
 from benchmarks.roofline import Roofline, gflop_of
-from benchmarks.timing import Patience, timed
+from benchmarks.timing import QUICK, Patience, timed
 from models.registry import Registry
-from workers.engine import Engine, Request, Resident
+from workers.engine import Budget, Engine, Request, Resident
 
 _ZIPF_BATCHES = 16
 
@@ -61,6 +61,10 @@ class Bench:
     patience: Patience
     roofline: Roofline
 
+    def budget(self, max_batch: int) -> Budget:
+        """What an engine for batches of this size may use; a quick look does not wait for a compiler."""
+        return Budget(max_batch=max_batch, threads=self.threads, compiled=self.patience is not QUICK)
+
 
 def measure_network(bench: Bench, network: Network, whole: bool, say: Say) -> list[dict[str, Any]]:
     """Measure one network, over all sizes or at the one batch alone, with one product and mixed."""
@@ -70,7 +74,7 @@ def measure_network(bench: Bench, network: Network, whole: bool, say: Say) -> li
     counts = sorted({*sizes.products, sizes.batch}) if whole else [1, sizes.batch]
     batches = sorted({*sizes.batches, sizes.batch}) if whole else [sizes.batch]
     say(f"{network.name} ({network.detector}, {network.teacher}): {counts[-1]} products into service")
-    engine = make_engine(registry, bench.weights, batches[-1], bench.threads, bench.dtype)
+    engine = make_engine(registry, bench.weights, bench.budget(batches[-1]), bench.dtype)
     of_network = {
         "network": network.name,
         "teacher": network.teacher,
@@ -84,7 +88,7 @@ def measure_network(bench: Bench, network: Network, whole: bool, say: Say) -> li
         for batch, count, mix in _cases(batches, counts, sizes.batch):
             say(f"{network.name}: batch {batch}, {count} products, {mix}")
             draw = zipf_batches if mix == "zipf" else even_batches
-            row = of_network | {"bytes_per_product": bytes_of(residents[0])}
+            row = of_network | {"bytes_per_product": residents[0].nbytes}
             row |= {"batch": batch, "products": count, "mix": mix}
             rows.append(row | _measure(engine, draw(residents[:count], batch, pictures), row, bench))
     return rows

@@ -7,7 +7,6 @@ measurement needs. A memory of scenes does: it holds those of `NORMALS` pictures
 from __future__ import annotations
 
 import contextlib
-import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +25,7 @@ from models.settings import RECIPES, TrainingSettings
 from models.teachers import Teacher, load_teacher
 from models.training import TrainedStudent, train
 from models.versions import draft_card
-from workers.engine import Engine, Resident
+from workers.engine import Budget, Engine, Resident
 
 NORMALS = 64
 _READY_S = 1200.0
@@ -115,17 +114,9 @@ def publish(registry: Registry, student: TrainedStudent, product: str, threshold
     return registry.publish(draft, student.student).version
 
 
-def make_engine(
-    registry: Registry, weights: Weights, max_batch: int, threads: int, dtype: torch.dtype | None = None
-) -> Engine:
-    """Return an engine that computes on so many CPU threads, or on the GPU."""
-    # TO SIMPLIFY: once every Engine takes `threads`, this is one call and `torch.set_num_threads` goes.
-    settings: dict[str, Any] = {"teacher_weights": weights.files, "dtype": dtype, "max_batch": max_batch}
-    if "threads" in inspect.signature(Engine).parameters:
-        settings["threads"] = threads
-    else:
-        torch.set_num_threads(threads)
-    return Engine(registry, **settings)
+def make_engine(registry: Registry, weights: Weights, budget: Budget, dtype: torch.dtype | None = None) -> Engine:
+    """Return an engine on the device that there is."""
+    return Engine(registry, teacher_weights=weights.files, dtype=dtype, budget=budget)
 
 
 @contextlib.contextmanager
@@ -139,9 +130,7 @@ def serving(engine: Engine, registry: Registry, student: TrainedStudent, product
     await_ready(engine)
     found = [engine.resident(f"p{number}") for number in range(products)]
     yield [each for each in found if each is not None]
-    close = getattr(engine, "close", None)  # TO SIMPLIFY: once every Engine has `close`, call it
-    if close is not None:
-        close()
+    engine.close()
 
 
 def await_ready(engine: Engine) -> None:
@@ -150,16 +139,5 @@ def await_ready(engine: Engine) -> None:
     Raises:
         RuntimeError: it was not done in time.
     """
-    # TO SIMPLIFY: once every Engine has `ready`, call it.
-    ready = getattr(engine, "ready", None)
-    if ready is not None and not ready(_READY_S):
+    if not engine.ready(_READY_S):
         raise RuntimeError(f"the engine was not ready within {_READY_S:g} s")
-
-
-def bytes_of(resident: Resident) -> int:
-    """Return the memory that a version takes for itself alone."""
-    # TO SIMPLIFY: once every Resident has `nbytes`, take that.
-    own = getattr(resident, "nbytes", None)
-    if own is not None:
-        return int(own)
-    return sum(value.numel() * value.element_size() for value in resident.student.state_dict().values())

@@ -31,6 +31,7 @@ from benchmarks.networks import DEFAULT, PAIR, Network, Weights, make_engine, se
 from benchmarks.pictures import PICTURES, textures
 from benchmarks.timing import Patience, timed
 from models.registry import Registry
+from workers.engine import Budget
 
 Setting = dict[str, Any]
 _Way = tuple[Setting, Callable[[Setting, float], dict[str, Any]]]
@@ -117,7 +118,7 @@ def _our_ways(folder: Path, options: argparse.Namespace, stack: ExitStack) -> li
 
 def _ways_of(network: Network, weights: Weights, folder: Path, threads: int, stack: ExitStack) -> list[_Way]:
     registry = Registry(folder)
-    engine = make_engine(registry, weights, max(_OUR_BATCHES), threads)
+    engine = make_engine(registry, weights, Budget(max_batch=max(_OUR_BATCHES), threads=threads, compiled=True))
     residents = stack.enter_context(serving(engine, registry, trained(network, weights), 1))
     pictures = textures(PICTURES, network.size)
     dtype = str(engine.dtype).removeprefix("torch.")

@@ -30,7 +30,7 @@ from benchmarks.pictures import INPUTS, PICTURES, Input, textures
 from benchmarks.stages import decoding, engine_alone, publishing, reading, recording
 from cluster.server import EmbeddedServer
 from models.registry import Registry
-from workers.engine import Engine
+from workers.engine import Budget, Engine
 from workers.pointers import Pointers
 from workers.residency import Residency
 from workers.settings import WorkerSettings
@@ -71,7 +71,7 @@ def measure(frames: int, threads: int, quick: bool, say: Say) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as path, EmbeddedServer.start(Path(path) / "redis") as valkey:
         folder = Path(path)
         say(f"{DEFAULT.detector}, {DEFAULT.teacher}, {DEFAULT.size}²: into service")
-        engine, residency = _service(folder, valkey.url, settings.max_batch, threads)
+        engine, residency = _service(folder, valkey.url, Budget(settings.max_batch, threads, compiled=not quick))
         line = Line(valkey.url, folder, engine, residency, settings)
         rows = [_measure(line, each, frames, rounds, say) for each in INPUTS]
     top = ("slowest_stage", "slowest_fps", "loop_to_slowest", "latency_ms_at_half_load", "latency_bound_ms")
@@ -94,14 +94,14 @@ def measure(frames: int, threads: int, quick: bool, say: Say) -> dict[str, Any]:
     }
 
 
-def _service(folder: Path, url: str, max_batch: int, threads: int) -> tuple[Engine, Residency]:
+def _service(folder: Path, url: str, budget: Budget) -> tuple[Engine, Residency]:
     """Publish a version that passes everything, and take it into service as a replica does."""
     weights = Weights(None, folder)
     registry = Registry(folder / "registry")
     student = trained(DEFAULT, weights)
     pointers = Pointers(redis.Redis.from_url(url), registry)
     pointers.promote(PRODUCT, publish(registry, student, PRODUCT, threshold=1e6))
-    engine = make_engine(registry, weights, max_batch, threads)
+    engine = make_engine(registry, weights, budget)
     residency = Residency(engine, pointers, WorkerSettings().pointer_poll_s)
     residency.follow()
     await_ready(engine)

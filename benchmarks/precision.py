@@ -31,7 +31,7 @@ from models.metrics import image_auroc
 from models.registry import Registry
 from models.settings import RECIPES, TrainingSettings, recipe
 from models.training import train
-from workers.engine import Request
+from workers.engine import Budget, Request
 
 _BATCH, _NEAR = 16, 0.02
 _AUROC_POINTS, _FLIP_SHARE = 0.1, 0.001  # what is accepted
@@ -93,7 +93,7 @@ def _scores(
     registry: Registry, weights: Weights, card: ModelCard, tested: np.ndarray, threads: int, dtype: torch.dtype
 ) -> np.ndarray:
     """Judge (N, S, S, 3) uint8 RGB images by an engine of its own; return (N,) float64 scores."""
-    engine = make_engine(registry, weights, _BATCH, threads, dtype)
+    engine = make_engine(registry, weights, Budget(max_batch=_BATCH, threads=threads, compiled=True), dtype)
     resident = engine.build(card.product, card.version)
     engine.install(resident)
     await_ready(engine)

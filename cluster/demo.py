@@ -56,6 +56,9 @@ detector = "stfpm" # a network learns from approved cells; a memory would mainly
 detector_options = { width = 0.5, hardest = 0.03 }
 false_reject_rate = 0.1 # strict, so that a reviewer finds something to approve
 
+[worker]
+compile = false # pays after a minute, when the demo is over
+
 [worker.evidence]
 pass_share = 1.0 # keep every image: the contact sheet shows what was missed, too
 """

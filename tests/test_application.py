@@ -42,6 +42,7 @@ false_reject_rate = 0.05
 [results]
 compact_every_s = 1
 [worker]
+compile = false
 claim_idle_ms = 1500
 [worker.evidence]
 pass_share = 1.0

@@ -56,6 +56,7 @@ target_drain_s = 2
 scale_up_delay_s = 0.5
 scale_down_delay_s = 3
 [worker]
+compile = false
 max_batch = 2
 segment_ms = 3000 # a replica that is stopped holds rows
 claim_idle_ms = 120000 # and nobody takes them over in this test's time

@@ -16,7 +16,7 @@ from models.programs import Program, State
 
 logger = logging.getLogger(__name__)
 
-_NICENESS = 19
+_NICENESS, _PATIENCE_S = 19, 5.0
 
 
 def cache_folder() -> Path:
@@ -61,7 +61,7 @@ class BackgroundCompiler:
         with self._changed:
             self._closed = True
         self._tasks.put(None)
-        self._thread.join()
+        self._thread.join(_PATIENCE_S)
 
     def _run(self) -> None:
         # Linux has niceness by thread; the compiler that is started from here has it too.

@@ -1,5 +1,6 @@
 """The engine's work on a CPU: one stream of computation per core, packed convolutions, compiled programs."""
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,12 +22,12 @@ from models.programs import Program, State, state_of
 from models.teachers import Teacher
 from workers.compiling import BackgroundCompiler
 from workers.executor import Budget, Executor, Request, Resident
+from workers.heap import keep_freed_memory
 
 Network = TypeVar("Network", Teacher, Student)
 
 # Frames computed together: as many as leave a network's activations in a core's share of the cache, in steps of four.
 _STEP, _CHUNK_PIXELS, _LARGEST_CHUNK = 4, 4 * 256 * 256, 16
-_PACKED_FOR = 256
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,12 +37,14 @@ class CpuResident(Resident):
     Attributes:
         teaching: images to the network's input and the teacher's features.
         studying: those to maps and scores.
+        packed_teacher: the teacher, laid out for this version's input size.
         teacher_state: weights for the one.
         state: weights for the other.
     """
 
     teaching: Program
     studying: Program
+    packed_teacher: Teacher
     teacher_state: State
     state: State
 
@@ -59,24 +62,24 @@ class CpuExecutor(Executor):
 
     def __init__(self, dtype: torch.dtype, budget: Budget) -> None:
         self.device, self.dtype = torch.device("cpu"), dtype
+        keep_freed_memory()
         self._threads, self._max_batch = max(1, budget.threads), budget.max_batch
         self._streams = ThreadPoolExecutor(self._threads, "stream", initializer=_one_thread)
         self._compiler = BackgroundCompiler() if budget.compiled else None
         self._programs: dict[tuple, Program] = {}
+        self._teachers: dict[tuple[Teacher, int], Teacher] = {}
 
     def teacher(self, teacher: Teacher) -> Teacher:
         """See Executor."""
-        ready = self._prepare(teacher)
-        blank = torch.zeros(self._sizes(_PACKED_FOR)[-1], _PACKED_FOR, _PACKED_FOR, 3, dtype=torch.uint8)
-        pack(ready, (to_input(blank, ready, self.dtype),))
-        return ready
+        return self._prepare(teacher)
 
     def resident(self, card: ModelCard, detector: Detector, student: Student, teacher: Teacher) -> Resident:
         """See Executor."""
         ready = self._prepare(student)
+        packed = self._packed(teacher, card.input_size)
         with torch.inference_mode():
             images = torch.zeros(self._sizes(card.input_size)[-1], card.input_size, card.input_size, 3).byte()
-            inputs = _taught(teacher, self.dtype, images)
+            inputs = _taught(packed, self.dtype, images)
             pack(ready, (inputs[0], inputs[1:]))
         state = state_of(ready)
         build = (detector.model_dump_json(), teacher.name, card.input_size, *_described(state))
@@ -86,9 +89,10 @@ class CpuExecutor(Executor):
             student=ready,
             teacher=teacher,
             nbytes=sum(_nbytes(each) for each in state.values()),
-            teaching=self._program((teacher.name,), teacher, lambda net, images: _taught(net, self.dtype, images)),
+            teaching=self._program((teacher.name,), packed, lambda net, images: _taught(net, self.dtype, images)),
             studying=self._program(build, ready, lambda net, images, *features: infer(detector, net, images, features)),
-            teacher_state=state_of(teacher),
+            packed_teacher=packed,
+            teacher_state=state_of(packed),
             state=state,
         )
         self._warm_up(resident)
@@ -125,6 +129,14 @@ class CpuExecutor(Executor):
         ready = fuse(fold_batchnorm(network, network.probe()), network.probe()).requires_grad_(False)
         return ready.to(dtype=self.dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
+    def _packed(self, teacher: Teacher, size: int) -> Teacher:
+        """Return the teacher with weights laid out for one input size: for another each call would do that anew."""
+        if (teacher, size) not in self._teachers:
+            packed = copy.deepcopy(teacher)
+            pack(packed, (torch.zeros(1, 3, size, size, dtype=self.dtype).to(memory_format=torch.channels_last),))
+            self._teachers[teacher, size] = packed
+        return self._teachers[teacher, size]
+
     def _sizes(self, input_size: int) -> list[int]:
         """The numbers of frames that are computed together, ascending."""
         largest = min(_LARGEST_CHUNK, self._max_batch, max(1, _CHUNK_PIXELS // input_size**2))
@@ -160,7 +172,7 @@ def _taught(teacher: Teacher, dtype: torch.dtype, images: Tensor) -> tuple[Tenso
 @torch.no_grad()
 def _warmed(resident: CpuResident, images: Tensor) -> tuple[Tensor, ...]:
     """Judge images of one resident; return what its student was given."""
-    taught = resident.teaching(resident.teacher, resident.teacher_state, (images,))
+    taught = resident.teaching(resident.packed_teacher, resident.teacher_state, (images,))
     resident.studying(resident.student, resident.state, taught)
     return taught
 
@@ -171,7 +183,7 @@ def _judge(requests: Sequence[Request], dtype: torch.dtype, maps: np.ndarray, sc
     first = requests[0].resident
     assert isinstance(first, CpuResident)
     images = np.stack([fit_to_input(request.image, first.card.input_size) for request in requests])
-    taught = first.teaching(first.teacher, first.teacher_state, (torch.from_numpy(images),))
+    taught = first.teaching(first.packed_teacher, first.teacher_state, (torch.from_numpy(images),))
     start = 0
     while start < len(requests):
         resident = requests[start].resident

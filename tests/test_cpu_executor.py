@@ -1,0 +1,103 @@
+"""Streams, background compiling and swaps of the engine on a CPU."""
+
+import itertools
+import threading
+
+import numpy as np
+import pytest
+import torch
+from conftest import texture
+
+from models.registry import Registry
+from workers import cpu_executor
+from workers.compiling import BackgroundCompiler
+from workers.engine import Budget, Engine, Request
+
+
+def maps_of(engine, resident, count=6):
+    return np.stack([each.anomaly_map for each in engine.judge([Request(resident, texture(n)) for n in range(count)])])
+
+
+def test_any_number_of_streams_gives_the_same(versions):
+    found = []
+    for threads in (1, 3):
+        engine = Engine(Registry(versions.uri), "cpu", dtype=torch.float32, budget=Budget(16, threads))
+        found.append(maps_of(engine, engine.build("bolt", versions.bolt.version), 11))
+        engine.close()
+    np.testing.assert_allclose(found[0], found[1], atol=1e-5 * found[0].max())
+
+
+def test_a_failing_stream_is_an_error_of_the_batch_and_of_no_other(engine, residents, monkeypatch):
+    expected = maps_of(engine, residents["bolt"])
+
+    def fail(*_):
+        raise ArithmeticError("no such number")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cpu_executor, "_judge", fail)
+        with pytest.raises(ArithmeticError, match="no such number"):
+            maps_of(engine, residents["bolt"])
+    np.testing.assert_array_equal(maps_of(engine, residents["bolt"]), expected)
+
+
+def test_compiled_in_the_background_it_judges_the_same_and_a_new_version_compiles_nothing(versions, monkeypatch):
+    times = itertools.cycle([2.0, 1.0])  # the compiled form counts as faster, however busy this machine is
+    monkeypatch.setattr("models.programs._seconds", lambda call: next(times))
+    engine = Engine(Registry(versions.uri), "cpu", dtype=torch.float32, budget=Budget(max_batch=1, compiled=True))
+    resident = engine.build("bolt", versions.bolt.version)
+    before = maps_of(engine, resident, 2)
+    assert engine.ready(240)
+    assert len(resident.studying._compiled) == 1
+    compiled = dict(resident.studying._compiled)
+    np.testing.assert_allclose(maps_of(engine, resident, 2), before, atol=1e-4 * before.max())
+    newer = engine.build("bolt", versions.bolt_new.version)
+    assert engine.ready(0), "nothing was given to the compiler"
+    assert newer.studying is resident.studying
+    assert newer.studying._compiled == compiled
+    assert np.abs(maps_of(engine, newer, 2) - before).max() > 0.2 * before.max()
+    engine.close()
+
+
+def test_what_cannot_be_compiled_is_computed_as_it_is(caplog):
+    class Uncompilable:
+        def compile(self, *_):
+            raise RuntimeError("no compiler on this machine\nand a long tale")
+
+    compiler = BackgroundCompiler()
+    compiler.add(Uncompilable(), {}, (), ("one",))
+    assert compiler.wait(60)
+    compiler.close()
+    assert "slower but no less right: RuntimeError: no compiler on this machine" in caplog.text
+    assert "long tale" not in caplog.text
+
+
+def test_a_swap_is_in_place_between_two_batches_and_no_frame_is_judged_by_half_of_it(engine, residents):
+    image = texture(1)
+    old, new = (maps_of_one(engine, residents[name], image) for name in ("bolt", "bolt_new"))
+    assert np.abs(old - new).max() > 0.2 * old.max()
+    swapping, done, judged = threading.Event(), threading.Event(), []
+
+    def judge():
+        while not done.is_set():
+            resident = engine.resident("bolt")
+            judged.append((resident.card.version, maps_of_one(engine, resident, image)))
+            swapping.set()
+
+    thread = threading.Thread(target=judge)
+    thread.start()
+    assert swapping.wait(60)
+    for _ in range(20):
+        for name in ("bolt_new", "bolt"):
+            engine.install(residents[name])
+            engine.judge([Request(engine.resident("nut"), image)])
+    done.set()
+    thread.join()
+    of = {residents["bolt"].card.version: old, residents["bolt_new"].card.version: new}
+    assert set(of) >= {version for version, _ in judged}
+    for version, found in judged:
+        np.testing.assert_allclose(found, of[version], atol=1e-5 * old.max())
+
+
+def maps_of_one(engine, resident, image):
+    (judgement,) = engine.judge([Request(resident, image)])
+    return judgement.anomaly_map
