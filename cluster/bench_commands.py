@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.table import Table
 
 from cluster.errors import ProctorError
 from cluster.origin import check_origin
@@ -43,11 +44,7 @@ def bench_engine(
         from benchmarks.plots import plot_engine
 
         _draw(plot_engine, document, plot)
-    if as_json:
-        print_json(document)
-    else:
-        for table in engine_tables(document):
-            out.print(table)
+    _print(document, as_json, *engine_tables(document))
 
 
 @bench_app.command("stream")
@@ -57,10 +54,7 @@ def bench_stream(quick: Quick = False, frames: Frames = 4000, as_json: Json = Fa
     from cluster.bench_tables import stream_table
 
     document = measure(frames, quick, say)
-    if as_json:
-        print_json(document)
-    else:
-        out.print(stream_table(document))
+    _print(document, as_json, stream_table(document))
 
 
 @bench_app.command("pipeline")
@@ -77,10 +71,14 @@ def bench_pipeline(
         from benchmarks.plots import plot_pipeline
 
         _draw(plot_pipeline, document, plot)
+    _print(document, as_json, pipeline_table(document))
+
+
+def _print(document: dict[str, Any], as_json: bool, *tables: Table) -> None:
     if as_json:
         print_json(document)
     else:
-        out.print(pipeline_table(document))
+        out.print(*tables, sep="\n")
 
 
 def _check_picture(plot: Path | None) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
 
 from models.folding import same_outputs
+from models.geometry import is_plain
 from models.packing import ACTIVATIONS, FusedConvolution
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -45,15 +46,11 @@ def fuse(network: Network, probe: tuple[Any, ...]) -> Network:
     follows = _following(fused, probe)
     for parent in list(fused.modules()):
         for name, child in list(parent.named_children()):
-            if isinstance(child, nn.Conv2d) and _is_plain(child):
+            if isinstance(child, nn.Conv2d) and is_plain(child):
                 follower = follows.get(child)
                 setattr(parent, name, FusedConvolution(child, ACTIVATIONS[type(follower)] if follower else "none"))
     _replace_by_identity(fused, set(follows.values()))
     return fused if same_outputs(network, fused, probe) else network
-
-
-def _is_plain(convolution: nn.Conv2d) -> bool:
-    return type(convolution) is nn.Conv2d and convolution.padding_mode == "zeros" and convolution.padding != "same"
 
 
 def _fuse_blocks(network: nn.Module) -> None:
@@ -70,7 +67,7 @@ def _parts(block: BasicBlock) -> list[tuple[nn.Module, nn.Module]]:
 
 def _is_folded(part: tuple[nn.Module, nn.Module]) -> bool:
     convolution, normalisation = part
-    return isinstance(convolution, nn.Conv2d) and _is_plain(convolution) and isinstance(normalisation, nn.Identity)
+    return isinstance(convolution, nn.Conv2d) and is_plain(convolution) and isinstance(normalisation, nn.Identity)
 
 
 def _following(network: nn.Module, probe: tuple[Any, ...]) -> dict[nn.Module, nn.Module]:
@@ -87,7 +84,7 @@ def _following(network: nn.Module, probe: tuple[Any, ...]) -> dict[nn.Module, nn
         calls[module] += 1
         follows.update({source: module for source, result in results if result is given[0]})
 
-    plain = [module for module in network.modules() if isinstance(module, nn.Conv2d) and _is_plain(module)]
+    plain = [module for module in network.modules() if isinstance(module, nn.Conv2d) and is_plain(module)]
     hooks = [module.register_forward_hook(convolved) for module in plain]
     hooks += [
         module.register_forward_pre_hook(activated) for module in network.modules() if type(module) in ACTIVATIONS

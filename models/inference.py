@@ -55,20 +55,18 @@ def prepare(module: Network, device: torch.device, dtype: torch.dtype) -> Networ
 
 
 def to_input(images: Tensor, teacher: Teacher, dtype: torch.dtype) -> Tensor:
-    """Normalise images for a teacher and its students, on the device where they lie.
+    """Normalise images for a teacher and its students.
 
     Args:
-        images: (B, S, S, 3) uint8, RGB, 0..255.
+        images: (B, S, S, 3) uint8, RGB, 0..255, on the teacher's device.
         teacher: Says mean and standard deviation.
         dtype: Of the result.
 
     Returns:
         (B, 3, S, S) `dtype` in channels_last memory format.
     """
-    mean = torch.tensor(teacher.mean, device=images.device)
-    std = torch.tensor(teacher.std, device=images.device)
     # Channels stay innermost, so the permuted view already is channels_last.
-    return ((images.float() - mean) / std).to(dtype).permute(0, 3, 1, 2)
+    return ((images.float() - teacher.colours.mean) / teacher.colours.std).to(dtype).permute(0, 3, 1, 2)
 
 
 @torch.inference_mode()

@@ -7,14 +7,16 @@ each activation; here the one is done once and the other while the result is wri
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from models.geometry import Geometry
+
 # Operators of our own around oneDNN's, which have no rule for shapes where the weights' layout is opaque. `geometry`
-# is padding, stride and dilation of both axes, then groups.
+# is `Geometry.numbers`.
 _OPERATORS = torch.library.Library("proctor", "FRAGMENT")
 _OPERATORS.define("convolution(Tensor x, Tensor weight, Tensor? bias, SymInt[] geometry, str activation) -> Tensor")
 _OPERATORS.define("convolution_add(Tensor x, Tensor added, Tensor weight, Tensor? bias, SymInt[] geometry) -> Tensor")
@@ -24,9 +26,10 @@ ACTIVATIONS: dict[type[nn.Module], str] = {nn.ReLU: "relu", nn.ReLU6: "hardtanh"
 _BOUNDS = {"hardtanh": [0.0, 6.0]}
 
 
-def _parted(geometry: Sequence[int]) -> tuple[list[int], list[int], list[int], int]:
-    """Return padding, stride, dilation and groups."""
-    return list(geometry[0:2]), list(geometry[2:4]), list(geometry[4:6]), geometry[6]
+def _parted(numbers: Sequence[int]) -> tuple[list[int], list[int], list[int], int]:
+    """Return padding, stride, dilation and groups, in the order of oneDNN's operators."""
+    geometry = Geometry.from_numbers(numbers)
+    return list(geometry.padding), list(geometry.stride), list(geometry.dilation), geometry.groups
 
 
 def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: list[int], activation: str) -> Tensor:
@@ -40,12 +43,7 @@ def _convolution_add(x: Tensor, added: Tensor, weight: Tensor, bias: Tensor | No
 
 
 def _convolution_shape(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: list[int], activation: str) -> Tensor:
-    padding, stride, dilation, _ = _parted(geometry)
-    sides = [
-        (size + 2 * padding[axis] - dilation[axis] * (weight.shape[2 + axis] - 1) - 1) // stride[axis] + 1
-        for axis, size in enumerate(x.shape[2:])
-    ]
-    shape = (x.shape[0], weight.shape[0], *sides)
+    shape = Geometry.from_numbers(geometry).result(x, weight.shape[2:], weight.shape[0])
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
@@ -73,8 +71,7 @@ class FusedConvolution(nn.Module):
     def __init__(self, convolution: nn.Conv2d, activation: str = "none") -> None:
         super().__init__()
         self.weight, self.bias = convolution.weight, convolution.bias
-        padding = cast(tuple[int, int], convolution.padding)
-        self.geometry = [*padding, *convolution.stride, *convolution.dilation, convolution.groups]
+        self.geometry = Geometry.of(convolution).numbers
         self.activation = activation
         self.packed = False
 

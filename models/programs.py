@@ -55,13 +55,12 @@ class Program:
         """Whether these inputs' shapes have their compiled form."""
         return _shapes(inputs) in self._compiled
 
-    def compile(self, state: State, inputs: Tensors, threads: int) -> None:
-        """Compile for the shapes of `inputs`, and keep the result where it is faster; calls go on meanwhile.
+    def compile(self, state: State, inputs: Tensors) -> None:
+        """Compile for one thread and the shapes of `inputs`; calls go on meanwhile. Only what is faster is kept.
 
         Args:
             state: Of a network of this build.
             inputs: Examples; only shapes, types and layouts count.
-            threads: Of one call.
 
         Raises:
             Exception: Whatever the compiler meets; what is there stays as it is.
@@ -75,10 +74,11 @@ class Program:
         arguments = (*state.values(), *inputs)
         with torch.no_grad():
             graph = make_fx(flat)(*arguments)
-            options = {"cpp.threads": threads, "compile_threads": 1}
+            options = {"cpp.threads": 1, "compile_threads": 1}
             compiled = torch._inductor.compile(graph, list(arguments), options=options)
             # What the compiler makes of gathers is slower at times than what it replaces.
-            eager_s, compiled_s = _seconds(lambda: flat(*arguments)), _seconds(lambda: compiled(*arguments))
+            eager_s = _seconds(lambda: self._network(*inputs))
+            compiled_s = _seconds(lambda: compiled(*arguments))
         if compiled_s < eager_s:
             self._compiled[_shapes(inputs)] = compiled
 

@@ -16,8 +16,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 
 from models.detector import Detector, Pairs, Student
+from models.geometry import Geometry, is_plain
 from models.slot_layout import SlotLayout
-from models.slotted_conv import Geometry, slotted_conv2d
+from models.slotted_conv import slotted_conv2d
 from models.teachers import Features
 
 
@@ -43,7 +44,7 @@ class SlottedConv2d(nn.Module):
 
     def __init__(self, conv: nn.Conv2d, tensors: dict[str, Tensor], rows: Rows) -> None:
         super().__init__()
-        self._geometry = Geometry(_pair(conv.stride), _pair(conv.padding), _pair(conv.dilation), conv.groups)
+        self._geometry = Geometry.of(conv)
         self._weights, self._bias, self._rows = tensors["weight"], tensors.get("bias"), rows
 
     def forward(self, x: Tensor) -> Tensor:
@@ -147,8 +148,7 @@ def signature(student: Student, detector: Detector, input_size: int) -> Signatur
 def _slotted(module: nn.Module, tensors: dict[str, Tensor], rows: Rows) -> nn.Module:
     """Replace what has tensors of its own, from the outside in; what has none keeps its code."""
     if any(True for _ in (*module.parameters(recurse=False), *module.buffers(recurse=False))):
-        plain = type(module) is nn.Conv2d and module.padding_mode == "zeros" and not isinstance(module.padding, str)
-        return SlottedConv2d(module, tensors, rows) if plain else SlottedModule(module, tensors, rows)  # type: ignore[arg-type]
+        return SlottedConv2d(module, tensors, rows) if is_plain(module) else SlottedModule(module, tensors, rows)  # type: ignore[arg-type]
     for name, child in list(module.named_children()):
         setattr(module, name, _slotted(child, _below(tensors, name), rows))
     return module
@@ -158,8 +158,3 @@ def _below(tensors: dict[str, Tensor], name: str, whole: bool = False) -> dict[s
     """Return the tensors of a child by their names in it, or by their whole names."""
     start = f"{name}."
     return {key if whole else key.removeprefix(start): each for key, each in tensors.items() if key.startswith(start)}
-
-
-def _pair(values: Any) -> tuple[int, int]:
-    vertical, horizontal = values
-    return int(vertical), int(horizontal)

@@ -6,28 +6,14 @@ costs. Elsewhere, and for convolutions that the kernel does not suit, each frame
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from models.geometry import Geometry
+
 # With fewer channels in a group (depthwise convolutions) matrix tiles would be mostly empty.
 _SMALLEST_GROUP = 8
-
-
-class Geometry(NamedTuple):
-    """How a kernel moves over the image; pairs are (vertical, horizontal)."""
-
-    stride: tuple[int, int] = (1, 1)
-    padding: tuple[int, int] = (0, 0)
-    dilation: tuple[int, int] = (1, 1)
-    groups: int = 1
-
-    @property
-    def numbers(self) -> list[int]:
-        """The seven numbers in order."""
-        return [*self.stride, *self.padding, *self.dilation, self.groups]
 
 
 def slotted_conv2d(x: Tensor, weights: Tensor, bias: Tensor | None, slots: Tensor, geometry: Geometry) -> Tensor:
@@ -73,11 +59,5 @@ def _output(x: Tensor, weights: Tensor, *rest: Tensor | list[int] | None) -> Ten
     """Return an empty result of the right shape."""
     numbers = rest[-1]
     assert isinstance(numbers, list)
-    sides = [
-        (x.shape[2 + axis] + 2 * numbers[2 + axis] - numbers[4 + axis] * (weights.shape[3 + axis] - 1) - 1)
-        // numbers[axis]
-        + 1
-        for axis in (0, 1)
-    ]
-    shape = (len(x), weights.shape[1], *sides)
+    shape = Geometry.from_numbers(numbers).result(x, weights.shape[3:], weights.shape[1])
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)

@@ -13,12 +13,25 @@ import torchvision
 from torch import Tensor, nn
 
 from models.errors import TeacherError
+from models.statistics import Statistics
 from models.weights import downloaded_resnet18, packaged_lite0, read_weights, sha256_of
 
 Triple = tuple[float, float, float]
 Features = tuple[Tensor, ...]
 # Of the taps, the same for every teacher.
 STRIDES = (4, 8, 16)
+
+
+class Colours(Statistics):
+    """A teacher's mean and standard deviation of its input, (3,) float32 each."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: Triple, std: Triple) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean), persistent=False)
+        self.register_buffer("std", torch.tensor(std), persistent=False)
 
 
 class Teacher(nn.Module):
@@ -30,6 +43,7 @@ class Teacher(nn.Module):
         channels: Channels of each of the three features.
         mean: Subtracted from RGB values in 0..255.
         std: Divides them afterwards.
+        colours: The same two where the network is.
     """
 
     def __init__(self, name: str, stages: list[nn.Module], weights_sha256: str) -> None:
@@ -38,6 +52,7 @@ class Teacher(nn.Module):
         self.name = name
         self.weights_sha256 = weights_sha256
         self.channels, self.mean, self.std = spec.channels, spec.mean, spec.std
+        self.colours = Colours(spec.mean, spec.std)
         self.stages = nn.ModuleList(stages)
         self.requires_grad_(False)
         self.eval()

@@ -59,14 +59,19 @@ def test_compiled_in_the_background_it_judges_the_same_and_a_new_version_compile
 
 
 def test_what_cannot_be_compiled_is_computed_as_it_is(caplog):
-    class Uncompilable:
-        def compile(self, *_):
-            raise RuntimeError("no compiler on this machine\nand a long tale")
+    def fail():
+        raise RuntimeError("no compiler on this machine\nand a long tale")
 
+    done = []
     compiler = BackgroundCompiler()
-    compiler.add(Uncompilable(), {}, (), ("one",))
+    compiler.add("one", fail)
+    compiler.add("two", fail)
+    for _ in range(2):
+        compiler.add("three", lambda: done.append(3))
     assert compiler.wait(60)
     compiler.close()
+    assert done == [3]
+    assert caplog.text.count("no compiler on this machine") == 1
     assert "slower but no less right: RuntimeError: no compiler on this machine" in caplog.text
     assert "long tale" not in caplog.text
 

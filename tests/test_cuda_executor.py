@@ -18,23 +18,23 @@ from models.registry import Registry
 from models.stfpm import STFPM
 from models.teachers import load_teacher
 from models.versions import restore
-from workers.banks import CudaLimits
 from workers.cuda_executor import CudaExecutor
 from workers.device_faults import is_fault, is_out_of_memory
 from workers.errors import DeviceFault
-from workers.executor import Request
+from workers.executor import Budget, Request
 from workers.graphs import Captures, Graphs, capacities_up_to
 from workers.slot_table import SlotTable
 
 CPU = torch.device("cpu")
+TWO_SLOTS = 0.1  # megabytes: less than one version takes, and two there always are
 WIDE = STFPM(width=0.25)  # another structure than the published versions
 
 
 class Bench:
     """An executor with versions in it, and what each frame must give."""
 
-    def __init__(self, versions, device=CPU, dtype=torch.float32, compiled=False, **limits):
-        self.executor = CudaExecutor(device, dtype, CudaLimits(**{"max_batch": 8, **limits}), compiled)
+    def __init__(self, versions, device=CPU, dtype=torch.float32, **budget):
+        self.executor = CudaExecutor(device, dtype, Budget(**{"max_batch": 8, **budget}))
         self.plain = prepare(load_teacher("efficientnet_lite0"), device, dtype)
         self.teacher = self.executor.teacher(load_teacher("efficientnet_lite0"))
         self._registry, self._versions, self._prepared = Registry(versions.uri), versions, {}
@@ -208,7 +208,7 @@ def test_threads_may_judge_side_by_side(bench):
 
 
 def test_more_versions_than_slots_take_turns(versions):
-    bench = Bench(versions, slots=2)
+    bench = Bench(versions, memory_mb=TWO_SLOTS)
     residents = [bench.add_other(seed) for seed in range(4)]
     bank = residents[0].held.bank
     assert bank.table.slots == 2
@@ -219,7 +219,7 @@ def test_more_versions_than_slots_take_turns(versions):
 
 
 def test_a_small_budget_leaves_room_for_two(versions):
-    bench = Bench(versions, memory_mb=0.1)
+    bench = Bench(versions, memory_mb=TWO_SLOTS)
     residents = [bench.add("bolt"), bench.add("nut"), bench.add("bolt_new")]
     bank = residents[0].held.bank
     assert (bank.table.slots, residents[0].nbytes) == (2, bank.layout.nbytes)
@@ -227,7 +227,7 @@ def test_a_small_budget_leaves_room_for_two(versions):
 
 
 def test_the_budget_says_how_many_versions_lie_beside_each_other(versions):
-    bench = Bench(versions, memory_mb=20, slots=1000)
+    bench = Bench(versions, memory_mb=20)
     bank = bench.add("bolt").held.bank
     assert bank.table.slots == int(10e6 / bank.layout.nbytes)
     assert bank.nbytes <= 20e6
@@ -263,7 +263,7 @@ def test_the_resident_shows_its_student(bench):
 
 
 def test_a_hot_swap_is_seen_whole_or_not_at_all(versions):
-    bench = Bench(versions, slots=2)
+    bench = Bench(versions, memory_mb=TWO_SLOTS)
     serving = [bench.add("bolt")]
     image = texture(1, 64, 64)
     valid = [bench.expected(serving[0], image)]
@@ -448,13 +448,6 @@ def test_nothing_is_captured_when_versions_or_mixes_change(bench, monkeypatch):
     assert captured == []
 
 
-def wait_for(condition, timeout_s=60):
-    deadline = time.monotonic() + timeout_s
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert condition()
-
-
 @pytest.fixture
 def adopted(monkeypatch):
     """The captures that have taken compiled networks."""
@@ -479,7 +472,8 @@ def test_compiled_networks_take_their_places_while_judging_goes_on(versions, mon
     bench = Bench(versions, compiled=True)
     residents = [bench.add("bolt"), bench.add("nut")]
     bench.assert_judged(requests_for(residents, 8))
-    wait_for(lambda: len(adopted) == 3)
+    assert bench.executor.ready(60)
+    assert len(adopted) == 3
     bench.assert_judged(requests_for(residents, 8))
     bench.assert_judged(requests_for(residents[:1], 8))
     bench.executor.close()
@@ -493,7 +487,7 @@ def test_a_failing_compiler_is_heard_once_and_costs_nothing(versions, monkeypatc
     monkeypatch.setattr(torch, "compile", compile_)
     bench = Bench(versions, compiled=True)
     residents = [bench.add("bolt"), bench.add_other(1)]
-    wait_for(lambda: "no compiler for this" in caplog.text)
+    assert bench.executor.ready(60)
     bench.assert_judged(requests_for(residents, 5))
     bench.executor.close()
     assert caplog.text.count("no compiler for this") == 1
@@ -516,7 +510,7 @@ def test_graphs_give_what_plain_networks_give(versions, dtype, tolerance):
 
 @needs_gpu
 def test_graphs_are_captured_once(versions, monkeypatch):
-    bench = Bench(versions, torch.device("cuda"), torch.float16, slots=2)
+    bench = Bench(versions, torch.device("cuda"), torch.float16, memory_mb=TWO_SLOTS)
     residents = [bench.add("bolt"), bench.add("nut")]
     monkeypatch.setattr(torch.cuda.CUDAGraph, "capture_begin", None)
     residents += [bench.add("bolt_new"), bench.add_other(5, STFPM(width=0.125))]
@@ -528,6 +522,7 @@ def test_graphs_are_captured_once(versions, monkeypatch):
 def test_compiled_graphs_give_what_plain_networks_give(versions, adopted):
     bench = Bench(versions, torch.device("cuda"), torch.float16, compiled=True, max_batch=2)
     residents = [bench.add("bolt"), bench.add("nut")]
-    wait_for(lambda: len(adopted) == 3, timeout_s=280)
+    assert bench.executor.ready(280)
+    assert len(adopted) == 3
     bench.assert_judged(requests_for(residents, 6), 5e-2)
     bench.assert_judged(requests_for(residents[:1], 6), 5e-2)

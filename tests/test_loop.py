@@ -17,7 +17,7 @@ from memory_stream import MemoryServer, MemoryStream
 from producers.frame import Frame, Picture
 from workers import loop as loop_module
 from workers.engine import Engine, Request, Resident
-from workers.errors import StreamUnavailable
+from workers.errors import DeviceFault, StreamUnavailable
 from workers.evidence import dequantised, quantised
 from workers.loop import InspectionLoop
 from workers.reading import read_results
@@ -270,6 +270,21 @@ def test_a_failing_network_is_unknown_for_its_frames_only(line, residents):
         if frame.product != "nut":
             assert row["score"] == pytest.approx(judged_alone(line.engine, residents[frame.product], frame), rel=1e-5)
     assert_each_once(line, frames)
+
+
+@pytest.mark.parametrize("in_which_call", [1, 2], ids=["with the batch", "frame by frame"])
+def test_a_broken_device_ends_the_loop_and_leaves_its_frames_to_another(line, monkeypatch, in_which_call):
+    calls = []
+
+    def judge(requests):
+        calls.append(len(requests))
+        raise DeviceFault("cuda:0 is broken") if len(calls) == in_which_call else ArithmeticError("first of all")
+
+    monkeypatch.setattr(line.engine, "judge", judge)
+    frames = [new_frame(1), new_frame(2)]
+    with pytest.raises(DeviceFault, match="cuda:0 is broken"):
+        line.run(*frames)
+    assert (len(line.server.entries), line.server.verdicts, line.rows()) == (2, [], [])
 
 
 def test_a_score_that_is_no_number_is_unknown_never_pass(line, versions):

@@ -97,7 +97,7 @@ def compiled(teacher):
     with pytest.MonkeyPatch.context() as patch:
         times = iter([2.0, 1.0])  # the compiled form counts as faster, however busy this machine is
         patch.setattr("models.programs._seconds", lambda call: next(times))
-        program.compile(state_of(students[0]), given, 1)
+        program.compile(state_of(students[0]), given)
     assert program.is_compiled(given)
     return program, students, given, expected
 
@@ -124,7 +124,7 @@ def test_a_compiled_form_that_is_slower_is_not_kept(compiled, monkeypatch):
     slow = Program(students[0], program._network.compute)
     times = iter([1.0, 2.0])
     monkeypatch.setattr("models.programs._seconds", lambda call: next(times))
-    slow.compile(state_of(students[0]), given, 1)
+    slow.compile(state_of(students[0]), given)
     assert not slow.is_compiled(given)
 
 

@@ -138,7 +138,7 @@ def watch_all(races, bench):
 
 def judge_much(versions, clocks):
     """Two structures, more versions than slots, parts that overlap, a swap; returns what raced."""
-    bench = Bench(versions, max_batch=4, slots=2)
+    bench = Bench(versions, max_batch=4, memory_mb=0.1)
     residents = [bench.add_other(seed, STFPM(width=0.125)) for seed in range(3)] + [bench.add_other(9)]
     with Races(clocks) as races:
         watch_all(races, bench)

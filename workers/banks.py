@@ -4,7 +4,6 @@ import logging
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -12,9 +11,10 @@ import torch
 from models.detector import Detector, Student
 from models.slotted import Signature, signature
 from models.teachers import Teacher
+from workers.compiling import BackgroundCompiler
 from workers.device_faults import is_out_of_memory
-from workers.graph_compiling import GraphCompiler
-from workers.graphs import Graphs, capturing
+from workers.executor import Budget
+from workers.graphs import Captures, Compute, Graphs, Pause, capturing
 from workers.lane import Lane
 from workers.streams import Streams
 from workers.student_bank import Held, StudentBank
@@ -25,21 +25,10 @@ Made = TypeVar("Made")
 
 # The old and the new version of a product lie beside each other, whatever the budget says.
 _FEWEST_SLOTS = 2
-
-
-@dataclass(frozen=True)
-class CudaLimits:
-    """How much of a device an executor takes.
-
-    Attributes:
-        max_batch: largest batch that is computed at once; larger ones are split.
-        memory_mb: of all students' slots.
-        slots: versions of one structure beside each other at the most.
-    """
-
-    max_batch: int = 128
-    memory_mb: float = 4096.0
-    slots: int = 256
+# Of one structure: what small students do not need of the budget stays free for others.
+_MOST_SLOTS = 256
+# Each capacity of each structure is compiled for itself; beyond the limit the compiler would give up without a word.
+_RECOMPILATIONS = 4096
 
 
 class Banks:
@@ -48,8 +37,7 @@ class Banks:
     Args:
         device: where to compute.
         dtype: of networks and features.
-        limits: of memory and batches.
-        compiled: whether networks are compiled in the background.
+        budget: what may be used.
 
     Attributes:
         max_batch: largest batch that fits, as far as is known.
@@ -58,13 +46,13 @@ class Banks:
         by_structure: all banks.
     """
 
-    def __init__(self, device: torch.device, dtype: torch.dtype, limits: CudaLimits, compiled: bool) -> None:
-        self.max_batch, self.streams, self.queueing = limits.max_batch, Streams.of(device), threading.Lock()
+    def __init__(self, device: torch.device, dtype: torch.dtype, budget: Budget) -> None:
+        self.max_batch, self.streams, self.queueing = budget.max_batch, Streams.of(device), threading.Lock()
         self.by_structure: dict[tuple[int, Signature], StudentBank] = {}
         self._lanes: dict[tuple[int, int], Lane] = {}
-        self._device, self._dtype, self._limits = device, dtype, limits
+        self._device, self._dtype, self._budget = device, dtype, budget
         self._graphs, self._building = Graphs(device), threading.Lock()
-        self._compiler = GraphCompiler(self.pause) if compiled else None
+        self._compiler = BackgroundCompiler() if budget.compiled else None
 
     def hold(self, detector: Detector, student: Student, teacher: Teacher, size: int) -> Held:
         """Take a prepared student from the CPU, and bring it to the device if nobody must make room for it."""
@@ -80,27 +68,30 @@ class Banks:
         if key not in self._lanes:
             lane = self._smaller(lambda _: Lane(teacher, size, self.max_batch, self._dtype, self._graphs))
             self._lanes[key] = lane
-            if self._compiler:
-                self._compiler.ask(lane.looks, lambda: lane.look)
+            self._compile(lane.looks, lambda: lane.look)
         return self._lanes[key]
 
     def _bank(self, lane: Lane, detector: Detector, student: Student) -> StudentBank:
         key = (id(lane), signature(student, detector, lane.size))
         if key not in self.by_structure:
             self._drop_deserted()
-            free = self._limits.memory_mb * 1e6 - sum(bank.nbytes for bank in self.by_structure.values())
+            free = self._budget.memory_mb * 1e6 - sum(bank.nbytes for bank in self.by_structure.values())
             # Half of what is left, so that other structures find room too.
-            slots = max(_FEWEST_SLOTS, min(self._limits.slots, int(free / 2 / key[1][3].nbytes)))
+            slots = max(_FEWEST_SLOTS, min(_MOST_SLOTS, int(free / 2 / key[1][3].nbytes)))
             bank = self._smaller(
                 lambda tries: StudentBank(
                     lane, student, detector, max(_FEWEST_SLOTS, slots >> tries), self.max_batch, self.streams
                 )
             )
             self.by_structure[key] = bank
-            if self._compiler:
-                self._compiler.ask(bank.plain, lambda: bank.alone)
-                self._compiler.ask(bank.mixed, bank.slotted)
+            self._compile(bank.plain, lambda: bank.alone)
+            self._compile(bank.mixed, bank.slotted)
         return self.by_structure[key]
+
+    def _compile(self, captures: Captures, compute: Callable[[], Compute]) -> None:
+        """Let a compiled form of what `compute` returns take the place of what is captured, some time."""
+        if self._compiler:
+            self._compiler.add(captures, lambda: _adopt_compiled(captures, compute(), self.pause))
 
     def _drop_deserted(self) -> None:
         """Give the memory of structures back that no version in use has."""
@@ -123,7 +114,7 @@ class Banks:
 
     def shrink(self, count: int) -> None:
         """Remember that `count` rows are too many."""
-        if self.max_batch == self._limits.max_batch:
+        if self.max_batch == self._budget.max_batch:
             logger.warning("%s: out of memory with %d frames at once; smaller batches from now on", self._device, count)
         with self.pause():
             # A power of two, since those are captured.
@@ -147,7 +138,19 @@ class Banks:
             self.streams.finish()
             yield
 
+    def ready(self, timeout_s: float) -> bool:
+        """Wait until everything is compiled; False if that takes longer."""
+        return self._compiler is None or self._compiler.wait(timeout_s)
+
     def close(self) -> None:
         """End the compiling."""
         if self._compiler:
-            self._compiler.end()
+            self._compiler.close()
+
+
+def _adopt_compiled(captures: Captures, compute: Compute, pause: Pause) -> None:
+    import torch._dynamo.config as dynamo
+
+    dynamo.recompile_limit = dynamo.accumulated_recompile_limit = _RECOMPILATIONS
+    with torch.no_grad():
+        captures.adopt(torch.compile(compute, dynamic=False), pause)

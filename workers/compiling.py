@@ -1,4 +1,4 @@
-"""Compiles programs beside the work, one at a time, and never in its way."""
+"""Compiles beside the work, one thing at a time, and never in its way."""
 
 import contextlib
 import fcntl
@@ -7,12 +7,8 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from pathlib import Path
-
-from torch import Tensor
-
-from models.programs import Program, State
 
 logger = logging.getLogger(__name__)
 
@@ -26,30 +22,26 @@ def cache_folder() -> Path:
 
 
 class BackgroundCompiler:
-    """A thread that compiles what it is given, in order; a program that cannot be compiled is left as it is.
+    """A thread that compiles what it is given, in order; what cannot be compiled is left as it is."""
 
-    Args:
-        threads: of one call of a compiled program.
-    """
-
-    def __init__(self, threads: int = 1) -> None:
-        self._threads = threads
+    def __init__(self) -> None:
         self._tasks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._known: set[tuple[Program, tuple]] = set()
+        self._known: set[Hashable] = set()
+        self._reasons: set[str] = set()
         self._open = 0
         self._changed = threading.Condition()
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="compiler", daemon=True)
         self._thread.start()
 
-    def add(self, program: Program, state: State, inputs: tuple[Tensor, ...], key: tuple) -> None:
-        """Have a program compiled for inputs of these shapes, once for each `key`."""
+    def add(self, key: Hashable, task: Callable[[], None]) -> None:
+        """Have a task done that compiles something and puts it to use, once for each `key`."""
         with self._changed:
-            if self._closed or (program, key) in self._known:
+            if self._closed or key in self._known:
                 return
-            self._known.add((program, key))
+            self._known.add(key)
             self._open += 1
-        self._tasks.put(lambda: self._compile(program, state, inputs))
+        self._tasks.put(task)
 
     def wait(self, timeout_s: float) -> bool:
         """Wait until nothing is left to compile; False if that takes longer."""
@@ -68,21 +60,23 @@ class BackgroundCompiler:
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
         while (task := self._tasks.get()) is not None:
             if not self._closed:
-                task()
+                self._compile(task)
             with self._changed:
                 self._open -= 1
                 self._changed.notify_all()
 
-    def _compile(self, program: Program, state: State, inputs: tuple[Tensor, ...]) -> None:
+    def _compile(self, task: Callable[[], None]) -> None:
         started = time.monotonic()
         try:
             with _alone_on_this_machine():
-                program.compile(state, inputs, self._threads)
-        except Exception as error:  # a compiler's outer edge: the program computes eagerly instead
+                task()
+        except Exception as error:  # a compiler's outer edge: it is computed as it is instead
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            logger.warning("not compiled, which is slower but no less right: %s", reason)
+            if reason not in self._reasons:
+                logger.warning("not compiled, which is slower but no less right: %s", reason)
+            self._reasons.add(reason)
         else:
-            logger.info("compiled in %.1f s: %s", time.monotonic() - started, program)
+            logger.info("compiled in %.1f s", time.monotonic() - started)
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -107,9 +108,7 @@ class CpuExecutor(Executor):
         while start < len(requests):
             share = math.ceil((len(requests) - start) / self._threads)
             stop = start + max(count for count in self._sizes(size) if count <= share)
-            futures.append(
-                self._streams.submit(_judge, requests[start:stop], self.dtype, maps[start:stop], scores[start:stop])
-            )
+            futures.append(self._streams.submit(_judge, requests[start:stop], maps[start:stop], scores[start:stop]))
             start = stop
         for future in futures:
             future.result()
@@ -151,12 +150,13 @@ class CpuExecutor(Executor):
         side = resident.card.input_size
         for count in self._sizes(side):
             images = torch.zeros(count, side, side, 3, dtype=torch.uint8)
-            key = (count, side)
-
             taught = self._streams.submit(_warmed, resident, images).result()
             if self._compiler is not None:
-                self._compiler.add(resident.teaching, resident.teacher_state, (images,), key)
-                self._compiler.add(resident.studying, resident.state, taught, key)
+                teaching, studying = resident.teaching, resident.studying
+                self._compiler.add(
+                    (teaching, count, side), partial(teaching.compile, resident.teacher_state, (images,))
+                )
+                self._compiler.add((studying, count, side), partial(studying.compile, resident.state, taught))
 
 
 def _one_thread() -> None:
@@ -178,7 +178,7 @@ def _warmed(resident: CpuResident, images: Tensor) -> tuple[Tensor, ...]:
 
 
 @torch.inference_mode()
-def _judge(requests: Sequence[Request], dtype: torch.dtype, maps: np.ndarray, scores: np.ndarray) -> None:
+def _judge(requests: Sequence[Request], maps: np.ndarray, scores: np.ndarray) -> None:
     """Judge what is computed together, into `maps` and `scores`."""
     first = requests[0].resident
     assert isinstance(first, CpuResident)

@@ -23,10 +23,10 @@ from models.device_resize import fit_on_device
 from models.inference import prepare
 from models.preprocess import fit_to_input
 from models.teachers import Teacher
-from workers.banks import Banks, CudaLimits
+from workers.banks import Banks
 from workers.device_faults import is_fault, is_out_of_memory
 from workers.errors import DeviceFault
-from workers.executor import Executor, Request, Resident
+from workers.executor import Budget, Executor, Request, Resident
 from workers.lane import Lane, Stage
 from workers.streams import Mark, finish
 from workers.student_bank import Held, StudentBank
@@ -57,15 +57,12 @@ class CudaExecutor(Executor):
     Args:
         device: where to compute.
         dtype: of networks and features.
-        limits: of memory and batches.
-        compiled: whether networks are compiled in the background.
+        budget: what it may use.
     """
 
-    def __init__(
-        self, device: torch.device, dtype: torch.dtype, limits: CudaLimits | None = None, compiled: bool = False
-    ) -> None:
+    def __init__(self, device: torch.device, dtype: torch.dtype, budget: Budget) -> None:
         self.device, self.dtype = device, dtype
-        self._banks = Banks(device, dtype, limits or CudaLimits(), compiled)
+        self._banks = Banks(device, dtype, budget)
         self._streams = self._banks.streams
         self._fault: str | None = None
 
@@ -228,6 +225,10 @@ class CudaExecutor(Executor):
             self._fault = f"{self.device} is broken: {str(error).splitlines()[0]}"
             logger.error("%s", self._fault)
             raise DeviceFault(self._fault) from error
+
+    def ready(self, timeout_s: float) -> bool:
+        """See `Executor.ready`."""
+        return self._banks.ready(timeout_s)
 
     def close(self) -> None:
         """See `Executor.close`."""

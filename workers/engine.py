@@ -155,11 +155,9 @@ def _executor(device: torch.device, dtype: torch.dtype | None, budget: Budget) -
     if device.type == "cpu":
         return CpuExecutor(dtype, budget)
     # Brings the compiler of GPU kernels along, which a machine without a GPU need not have.
-    from workers.banks import CudaLimits
     from workers.cuda_executor import CudaExecutor
 
-    limits = CudaLimits(max_batch=budget.max_batch, memory_mb=budget.memory_mb)
-    return CudaExecutor(device, dtype, limits, compiled=budget.compiled)
+    return CudaExecutor(device, dtype, budget)
 
 
 def _checked(maps: np.ndarray, scores: np.ndarray) -> list[float]:

@@ -25,7 +25,7 @@ class Budget:
 
     max_batch: int = 1
     threads: int = 1
-    memory_mb: int = 4096
+    memory_mb: float = 4096
     compiled: bool = False
 
 
@@ -94,9 +94,9 @@ class Executor(ABC):
             DeviceFault: the device is broken and no further batch can be judged.
         """
 
+    @abstractmethod
     def ready(self, timeout_s: float) -> bool:
         """Wait until nothing is left to compile; False if that takes longer."""
-        return True
 
     @abstractmethod
     def close(self) -> None:

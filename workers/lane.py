@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from models.inference import to_input
 from models.teachers import Features, Teacher
 from workers.graphs import Captures, Compute, Graphs, capacities_up_to
 
@@ -75,9 +76,6 @@ class Lane:
 
     def __post_init__(self) -> None:
         device = next(self.teacher.parameters()).device
-        # Made once: a copy from the host would not be allowed in a capture.
-        self._mean = torch.tensor(self.teacher.mean, device=device)
-        self._std = torch.tensor(self.teacher.std, device=device)
         self.buffers = self._allocate(device)
         self.stages = queue.SimpleQueue()
         for _ in range(_STAGES):
@@ -86,7 +84,7 @@ class Lane:
 
     def look(self, frames: Tensor) -> tuple[Tensor, Features]:
         """Normalise (B, S, S, 3) frames and return them as (B, 3, S, S) with the teacher's features."""
-        images = ((frames.float() - self._mean) / self._std).to(self.dtype).permute(0, 3, 1, 2)
+        images = to_input(frames, self.teacher, self.dtype)
         return images, self.teacher(images)
 
     def do(self, compute: Compute, capacity: int) -> None:

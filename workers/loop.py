@@ -278,6 +278,8 @@ class InspectionLoop:
             for index, request in requests.items():
                 try:
                     judged[index] = self._engine.judge([request])[0]
+                except DeviceFault:
+                    raise
                 except Exception as error:
                     reasons[index] = f"the engine failed: {type(error).__name__}: {error}".splitlines()[0]
         for index in [index for index, judgement in judged.items() if not math.isfinite(judgement.score)]:
