@@ -33,7 +33,7 @@ from models.settings import RECIPES, TrainingSettings, recipe
 from models.training import train
 from workers.engine import Budget, Request
 
-_BATCH, _NEAR = 16, 0.02
+_BATCH, _NEAR, _QUICK_STEPS = 16, 0.02, 2
 _AUROC_POINTS, _FLIP_SHARE = 0.1, 0.001  # what is accepted
 
 
@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="a labelled set, or a folder of sets")
     parser.add_argument("--weights", type=Path, help="local ResNet-18 weights, for recipes with that teacher")
     parser.add_argument("--recipe", choices=sorted(RECIPES), default="fast")
-    parser.add_argument("--steps", type=int, help="of each training, if not the recipe's")
+    parser.add_argument("--quick", action="store_true", help="whether it works, in seconds; no figure to quote")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1, help="CPU threads; 1 is a replica's default")
     parser.add_argument("--json", type=Path, help="where the document goes, beside standard output")
@@ -69,7 +69,11 @@ def main() -> None:
 
 def _settings(options: argparse.Namespace) -> TrainingSettings:
     settings = recipe(options.recipe)
-    changes = {"seed": options.seed, "threads": options.threads, "steps": options.steps or settings.steps}
+    changes = {
+        "seed": options.seed,
+        "threads": options.threads,
+        "steps": _QUICK_STEPS if options.quick else settings.steps,
+    }
     if settings.teacher == "resnet18":
         changes["weights"] = str(options.weights) if options.weights else None
     return settings.model_copy(update=changes)
@@ -84,16 +88,17 @@ def _measure(each: InspectionSet, options: argparse.Namespace, dtype: torch.dtyp
         registry, weights = Registry(folder), Weights(options.weights, Path(folder))
         version = publish(registry, train(normals, settings), "bench")
         card = registry.card("bench", version)
-        exact, fast = (_scores(registry, weights, card, tested, options.threads, of) for of in (torch.float32, dtype))
+        budget = Budget(max_batch=_BATCH, threads=options.threads, compiled=not options.quick)
+        exact, fast = (_scores(registry, weights, card, tested, budget, of) for of in (torch.float32, dtype))
     defects = np.array([image.is_defect for image in each.test])
     return {"set": each.name} | compare(exact, fast, defects, card.threshold)
 
 
 def _scores(
-    registry: Registry, weights: Weights, card: ModelCard, tested: np.ndarray, threads: int, dtype: torch.dtype
+    registry: Registry, weights: Weights, card: ModelCard, tested: np.ndarray, budget: Budget, dtype: torch.dtype
 ) -> np.ndarray:
     """Judge (N, S, S, 3) uint8 RGB images by an engine of its own; return (N,) float64 scores."""
-    engine = make_engine(registry, weights, Budget(max_batch=_BATCH, threads=threads, compiled=True), dtype)
+    engine = make_engine(registry, weights, budget, dtype)
     resident = engine.build(card.product, card.version)
     engine.install(resident)
     await_ready(engine)

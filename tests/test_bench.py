@@ -80,7 +80,7 @@ def test_precision(tmp_path):
         folder = tmp_path / "set" / kind
         folder.mkdir(parents=True, exist_ok=True)
         cv2.imwrite(str(folder / f"{number}.png"), 255 - image if kind.endswith("scratch") else image)
-    found = document("benchmarks.precision", "--data", str(tmp_path / "set"), "--steps", "2")
+    found = document("benchmarks.precision", "--data", str(tmp_path / "set"), "--quick")
     (each,) = found["sets"]
     assert (found["frames"], found["steps"], each["set"]) == (16, 2, "set")
     assert each["auroc_points"] == pytest.approx(each["image_auroc"] - each["image_auroc_float32"], abs=1e-3)
