@@ -10,11 +10,13 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 from compacting import Shelf, start_doomed
+from deltalake.exceptions import DeltaError
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_results import START, new_row
 
 from workers import compactor as compactor_module
+from workers import table
 from workers.compactor import Compactor
 from workers.errors import Overtaken, ResultsUnavailable
 from workers.reading import read_results
@@ -286,6 +288,30 @@ def test_a_second_compactor_between_comparing_and_committing_doubles_nothing(she
     assert steps.count("compared") == 2  # it was overtaken and looked again
     assert folded.rows == 0
     assert shelf.table_rows() == [f"bolt/cam-1/{seq}" for seq in range(5)]
+
+
+def test_a_table_that_is_made_while_it_is_looked_for_is_none_yet_and_no_damage(shelf, monkeypatch):
+    shelf.write_rows(new_row(1))
+    shelf.fold()
+    place = ResultTable(shelf.uri)
+    log = Path(place.root) / "_delta_log"
+    log.rename(log.with_name("later"))
+    opened = []
+
+    def made_meanwhile(*_, **__):
+        opened.append(1)
+        if len(opened) == 2:  # another process commits between this look and the next one
+            log.with_name("later").rename(log)
+        raise DeltaError("No files in log segment")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(table, "DeltaTable", made_meanwhile)
+        assert place.open() is None
+    assert place.open() is not None
+    with monkeypatch.context() as patch:
+        patch.setattr(table, "DeltaTable", made_meanwhile)
+        with pytest.raises(ResultsUnavailable, match="No files in log segment"):
+            place.open()
 
 
 def test_two_compactor_processes_without_a_lease_fold_every_frame_once(shelf):

@@ -75,12 +75,14 @@ class ResultTable:
 
     def open(self) -> DeltaTable | None:
         """The table as it is now; None before its first commit."""
-        for attempt in range(2):  # it may be made, or its log be cleaned, at this very moment
+        there = False
+        for _ in range(2):  # it may be made, or its log be cleaned, at this very moment
             try:
                 return DeltaTable(self.address, storage_options=self.options)
             except TABLE_ERRORS as error:
-                if attempt and self._has_commits():
+                if there:  # since before this opening, so it was not made meanwhile
                     raise self.unavailable("read", error) from None
+                there = self._has_commits()
         return None
 
     def _has_commits(self) -> bool:
