@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 from models.detectors import DETECTORS, make_detector
 from models.folding import fold_batchnorm, same_outputs
@@ -30,18 +31,34 @@ def convolutions(network):
     return [module for module in network.modules() if isinstance(module, FusedConvolution)]
 
 
+def values(network, probe):
+    """All tensors that a network returns."""
+    with torch.inference_mode():
+        return tree_leaves(network(*probe))
+
+
+def error(found, exact):
+    """Largest difference, relative to each tensor's largest value."""
+    return max(float((one - other).abs().max() / other.abs().max()) for one, other in zip(found, exact, strict=True))
+
+
 @pytest.mark.parametrize("name", sorted(DETECTORS))
 def test_a_packed_student_computes_what_the_plain_one_does(teacher, name):
+    """It is as near to the result in float64 as the plain one: how near that is, normalisations in between decide."""
+    torch.manual_seed(0)
     student = make_detector(name).build_student(teacher)
     with torch.no_grad():
         for parameter in student.parameters():
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
     plain = folded(student)
-    packed = fuse(plain, plain.probe())
-    pack(packed, plain.probe())
+    found, probe = values(plain, plain.probe()), plain.probe()
+    packed = fuse(plain, probe)
+    pack(packed, probe)
     assert convolutions(packed)
     assert all(each.packed for each in convolutions(packed))
-    assert same_outputs(plain, packed, plain.probe())
+    exact = values(copy.deepcopy(plain).double(), tree_map(torch.Tensor.double, probe))
+    assert error(values(packed, probe), exact) <= 3 * error(found, exact) + 1e-6
+    assert error(found, exact) < 1e-3
 
 
 def test_activations_behind_convolutions_are_no_pass_of_their_own(teacher):

@@ -30,6 +30,7 @@ PRODUCTS = ("bolt", "nut")
 CAMERAS = ("left", "right")
 _SIZE = 96
 _WORKER = {
+    "compile": False,
     "max_batch": 16,
     "claim_idle_ms": 2000,
     "max_deliveries": 100,
