@@ -44,7 +44,8 @@ class Judgement:
 class Engine:
     """Holds the residents of a device and judges mixed batches.
 
-    `build` may run beside `judge`; `install` swaps between two batches.
+    All of it may be called from several threads. A request names its resident, so `install` waits for nothing: what
+    is under way is judged by the version that it was put together for.
 
     Args:
         registry: where versions come from.
@@ -68,7 +69,6 @@ class Engine:
         self._teachers: dict[str, Teacher] = {}
         self._residents: dict[str, Resident] = {}
         self._loading = threading.Lock()
-        self._judging = threading.Lock()
 
     @property
     def device(self) -> torch.device:
@@ -107,9 +107,8 @@ class Engine:
         return self._executor.resident(card, detector, student, teacher)
 
     def install(self, resident: Resident) -> None:
-        """Put a built resident into service; the batch that runs finishes with the old one."""
-        with self._judging:
-            self._residents[resident.card.product] = resident
+        """Put a built resident into service; a batch that was put together before finishes with the old one."""
+        self._residents[resident.card.product] = resident
         logger.info("%s: version %s in service", resident.card.product, resident.card.version)
 
     def judge(self, requests: Sequence[Request]) -> list[Judgement]:
@@ -123,10 +122,9 @@ class Engine:
         """
         started = time.perf_counter()
         results: dict[int, tuple[np.ndarray, float]] = {}
-        with self._judging:
-            for rows in _groups(requests).values():
-                maps, scores = self._executor.run([requests[row] for row in rows])
-                results.update(zip(rows, zip(maps, _checked(maps, scores), strict=True), strict=True))
+        for rows in _groups(requests).values():
+            maps, scores = self._executor.run([requests[row] for row in rows])
+            results.update(zip(rows, zip(maps, _checked(maps, scores), strict=True), strict=True))
         infer_ms = (time.perf_counter() - started) * 1e3
         if len(results) != len(requests):
             raise RuntimeError(f"{len(requests)} frames in, {len(results)} judgements out")
