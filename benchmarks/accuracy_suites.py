@@ -138,27 +138,24 @@ def _recommended() -> list[Way]:
     one = ("efficientnet_lite0",)
     views: dict[str, dict[str, Any]] = {
         "": {},
-        "network alone": {"fusion.weights": (1, 1, 1, 0)},
+        "network alone": {"fusion.weights": (1, 2, 1, 0)},
         "memory alone": {"fusion.weights": (0, 0, 0, 1)},
-        "memory counts 3": {"fusion.weights": (1, 1, 1, 3)},
+        "without codes": {"snc": "none"},
+        "softmax codes": {"snc": "softmax"},
         "maximum": {"fusion.score": "max"},
         "smoothed 4": _CONTROL,
     }
     options = {"width": 0.5, "hardest": 0.03}
-    small = TrainingSettings(detector="associative", detector_options=options)
+    narrow = {"detector_options": options | {"width": 0.25}}
     dense = TrainingSettings.model_validate(
         {"detector": "reverse", "detector_options": _DENSE, "input_size": 128, "learning_rate": 2e-3}
         | {"steps": 1000, "batch_size": 16}
     )
     return [
-        Way("recommended", "accurate", RECIPES["accurate"], views, ("resnet18",)),
-        Way(
-            "recommended",
-            "associative, 128",
-            small,
-            views,
-            one,
-        ),
+        Way("recommended", "accurate", RECIPES["accurate"], views, one),
+        Way("recommended", "fast", RECIPES["fast"], views, one),
+        Way("recommended", "accurate, width 0.25", RECIPES["accurate"].changed(narrow), views, one),
+        Way("recommended", "fast, width 0.25", RECIPES["fast"].changed(narrow), views, one),
         Way("recommended", "reverse dense, 128", dense, {"": {}, "maximum": {"fusion.score": "max"}}, one),
         Way("recommended", "stfpm, 128", TrainingSettings(detector="stfpm", detector_options=options), {"": {}}, one),
     ]

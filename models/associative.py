@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from pydantic import Field
 from torch import Tensor
@@ -12,8 +12,11 @@ from models.detector import Detector, NormalBatches, Pair, Pairs, Student
 from models.fusion import MapFusion
 from models.matching import cosine_distance, sum_of_means
 from models.memory import SceneMemory
+from models.snc import SNC
 from models.students import ForwardStudent
 from models.teachers import Features, Teacher
+
+_CODES = {"softmax": SNC(form="softmax", place="map"), "uniform": SNC(form="uniform", place="map")}
 
 
 class Associative(Detector):
@@ -27,17 +30,21 @@ class Associative(Detector):
         components: Of a descriptor in the memory.
         capacity: Scenes in the memory at the most.
         neighbours: Scenes that an image is compared with.
+        attended: Of these, scenes that each block of 4 x 4 positions attends to.
         temperature: Of the attention over them.
+        snc: How the maps code the network's features by their neighbours, see `models.snc`.
     """
 
     name: ClassVar[str] = "associative"
     width: float = Field(default=0.5, gt=0, le=2)
     hardest: float = Field(default=0.02, gt=0, le=1)
-    components: int = Field(default=32, ge=4, le=128)
+    components: int = Field(default=64, ge=4, le=128)
     capacity: int = Field(default=1024, ge=1)
-    neighbours: int = Field(default=32, ge=1, le=256)
+    neighbours: int = Field(default=48, ge=1, le=256)
+    attended: int = Field(default=8, ge=1, le=256)
     temperature: float = Field(default=0.01, gt=0)
-    fusion: MapFusion = MapFusion(kind="geometric", weights=(1, 1, 1, 2), score="top", top=0.01)
+    snc: Literal["none", "softmax", "uniform"] = "uniform"
+    fusion: MapFusion = MapFusion(kind="geometric", weights=(1, 2, 1, 2), score="top", top=0.01)
 
     def build_student(self, teacher: Teacher) -> Student:
         """Return an untrained network and an empty memory, see the interface."""
@@ -48,10 +55,11 @@ class Associative(Detector):
         return sum_of_means(tuple(cosine_distance(pair) for pair in pairs[:-1]), self.hardest)
 
     def scale_maps(self, pairs: Pairs) -> tuple[Tensor, ...]:
-        """Return the network's maps as STFPM has them, then half the squared distance to what the memory predicts."""
-        found, predicted = pairs[-1]
+        """Return the network's maps of coded features, then half the squared distance to what the memory predicts."""
+        network, (found, predicted) = pairs[:-1], pairs[-1]
+        coded = _CODES[self.snc].aggregated(network) if self.snc in _CODES else network
         remembered = (found.float() - predicted.float()).square().sum(dim=1).mul(0.5)
-        return (*(cosine_distance(pair) for pair in pairs[:-1]), remembered)
+        return (*(cosine_distance(pair) for pair in coded), remembered)
 
 
 class AssociativeStudent(Student):
@@ -70,6 +78,7 @@ class AssociativeStudent(Student):
             options.components,
             options.capacity,
             options.neighbours,
+            options.attended,
             options.temperature,
         )
 

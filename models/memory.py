@@ -17,7 +17,7 @@ from models.teachers import Features
 # A scene is told from others by its coarsest features, pooled to so many cells a side.
 _CODE_CELLS, _CODE_LENGTH = 4, 128
 # Positions attend together in blocks, to the same block of the similar scenes and so many positions around it.
-_BLOCK, _MARGIN = 8, 1
+_BLOCK, _MARGIN = 4, 1
 _SAMPLED_POSITIONS = 40_000
 
 
@@ -26,14 +26,16 @@ class SceneMemory(Statistics):
 
     A scene is a grid of descriptors: the teacher's features at strides 8 and 16, pooled 3 x 3, joined and reduced to
     their principal components, in 8 bits. For an image the most similar scenes are found by one code for each scene,
-    so the time for an image hardly grows with their number; each position's descriptor is then predicted by softmax
-    attention over those scenes' descriptors near the same place.
+    so the time for an image hardly grows with their number. Of these, each block of the grid takes the few whose same
+    block has the nearest mean, and each of its positions' descriptors is predicted by softmax attention over those
+    blocks and their margins.
 
     Args:
         channels: The teacher's channels at strides 8 and 16.
         components: Of a descriptor.
         capacity: Scenes at the most; of more, those are kept that are least alike.
         neighbours: Scenes that an image is compared with.
+        attended: Of these, scenes that a block attends to.
         temperature: Of the attention, in half squared distance.
     """
 
@@ -47,12 +49,20 @@ class SceneMemory(Statistics):
     step: Tensor
     keys: Tensor
     lengths: Tensor
+    means: Tensor
 
     def __init__(
-        self, channels: tuple[int, int], components: int, capacity: int, neighbours: int, temperature: float
+        self,
+        channels: tuple[int, int],
+        components: int,
+        capacity: int,
+        neighbours: int,
+        attended: int,
+        temperature: float,
     ) -> None:
         super().__init__()
-        self._capacity, self._neighbours, self._temperature = capacity, neighbours, temperature
+        self._capacity, self._neighbours = capacity, neighbours
+        self._attended_scenes, self._temperature = attended, temperature
         self._components = components
         length = channels[1] * _CODE_CELLS**2
         empty = {
@@ -67,7 +77,7 @@ class SceneMemory(Statistics):
         }
         for name, value in empty.items():
             self.register_buffer(name, value)
-        for name in ("keys", "lengths"):
+        for name in ("keys", "lengths", "means"):
             self.register_buffer(name, torch.empty(0), persistent=False)
         self._arrange()
 
@@ -89,12 +99,14 @@ class SceneMemory(Statistics):
         self._arrange()
 
     def _arrange(self) -> None:
-        """Lay the scenes out as attention reads them: blocks with their margin, and half of each squared length."""
+        """Lay the scenes out as attention reads them: by block, with a margin; and what blocks are found by."""
         side = self.scenes.shape[1]
         grids = self.scenes.permute(0, 3, 1, 2).float()
-        keys = _blocks(grids, math.gcd(side, _BLOCK), min(_MARGIN, side))
+        block = math.gcd(side, _BLOCK)
+        keys = _blocks(grids, block, min(_MARGIN, side))
         self.keys = keys.to(torch.int8)
         self.lengths = keys.square().sum(-1) * (0.5 * self.step.square())
+        self.means = F.avg_pool2d(grids, block).round().flatten(2).transpose(1, 2).to(torch.int8)
 
     def _principal(self, source: NormalBatches, chunks: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Return mean and principal components of descriptors, from a sample of all positions."""
@@ -115,7 +127,7 @@ class SceneMemory(Statistics):
         side = self.scenes.shape[1]
         if found.shape[-1] != side:
             found = F.interpolate(found, (side, side), mode="bilinear", align_corners=False)
-        return Pair(found, self._attended(found, self._most_similar(features)))
+        return Pair(found, self._recalled(found, self._most_similar(features)))
 
     def _most_similar(self, features: Features) -> Tensor:
         """Return the indices of the scenes most like each image, (B, K)."""
@@ -123,31 +135,45 @@ class SceneMemory(Statistics):
         likeness = unit(code) @ self.codes.T
         return likeness.topk(min(self._neighbours, len(self.codes)), dim=1).indices
 
-    def _attended(self, found: Tensor, similar: Tensor) -> Tensor:
+    def _recalled(self, found: Tensor, similar: Tensor) -> Tensor:
         """Predict by attention.
 
         Args:
             found: (B, components, h, w) float32.
-            similar: (B, K) int64, the scenes to attend to.
+            similar: (B, K) int64, the scenes to choose from.
         """
         side = found.shape[-1]
-        block = math.gcd(side, _BLOCK)
+        block, blocks = math.gcd(side, _BLOCK), self.keys.shape[1]
         queries = _blocks(found, block, 0)
-        # From (B, K, blocks, positions, c) to (B, blocks, K * positions, c): a block sees all scenes at once.
-        keys = self.keys[similar].transpose(1, 2).to(torch.float32, memory_format=torch.contiguous_format)
-        keys = keys.mul_(self.step).flatten(2, 3)
+        # One row of the memory is one block of one scene; from there on it is a plain gather.
+        rows = self._nearest(queries, similar) * blocks + torch.arange(blocks, device=found.device).unsqueeze(1)
+        keys = self.keys.flatten(2).flatten(0, 1).index_select(0, rows.flatten()).float().mul(self.step)
+        keys = keys.view(*rows.shape[:2], -1, found.shape[1])
         # exp(-|q - k|^2 / 2t) is exp((q k - |k|^2 / 2) / t) up to a factor of the query's own.
-        bias = self.lengths[similar].transpose(1, 2).flatten(2).unsqueeze(2) * (-1 / self._temperature)
+        bias = self.lengths.flatten(0, 1).index_select(0, rows.flatten()).view(*rows.shape[:2], 1, -1)
         predicted = F.scaled_dot_product_attention(
             queries,
             keys,
             keys,
-            attn_mask=bias.expand(-1, -1, queries.shape[2], -1),
+            attn_mask=bias.mul(-1 / self._temperature).expand(-1, -1, queries.shape[2], -1),
             scale=1 / self._temperature,
         )
-        blocks = side // block
-        joined = predicted.unflatten(1, (blocks, blocks)).unflatten(3, (block, block))
+        joined = predicted.unflatten(1, (side // block, side // block)).unflatten(3, (block, block))
         return joined.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+
+    def _nearest(self, queries: Tensor, similar: Tensor) -> Tensor:
+        """Return for each block the scenes whose same block has the nearest mean, (B, blocks, k) int64.
+
+        Args:
+            queries: (B, blocks, positions, components) float32.
+            similar: (B, K) int64, the scenes to choose from.
+        """
+        wanted = queries.mean(2).unsqueeze(1)
+        means = self.means.flatten(1).index_select(0, similar.flatten()).float().mul(self.step)
+        means = means.view(*similar.shape, *wanted.shape[2:])
+        distances = (means - wanted).square().sum(-1).transpose(1, 2)
+        places = distances.topk(min(self._attended_scenes, similar.shape[1]), dim=2, largest=False, sorted=False)
+        return similar.unsqueeze(1).expand(-1, queries.shape[1], -1).gather(2, places.indices)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         """Make room first: how many scenes of what size there are, the saved state says."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 LOW, HIGH = 0.9, 0.995
 _TINY = 1e-12
 # Share of the mean variance of all channels that is added to each.
-_QUIET = 0.01
+_QUIET = 0.1
 
 
 class Statistics(nn.Module):

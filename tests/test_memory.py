@@ -33,7 +33,7 @@ class Scenes(NormalBatches):
 
 
 def memory(capacity: int = 64, neighbours: int = 3, components: int = 8) -> SceneMemory:
-    return SceneMemory(CHANNELS, components, capacity, neighbours, temperature=0.001)
+    return SceneMemory(CHANNELS, components, capacity, neighbours, attended=neighbours, temperature=0.001)
 
 
 def distance(pair) -> torch.Tensor:
@@ -71,18 +71,22 @@ def test_each_image_attends_to_its_own_scenes():
 
 
 def test_attention_by_hand():
-    """The prediction at a position is the softmax-weighted mean over the block's positions of all similar scenes."""
-    seen = Scenes(3, size=8)
-    trained = SceneMemory(CHANNELS, 8, 64, 3, temperature=0.05)
+    """The prediction at a position is the softmax-weighted mean over the block's positions of the nearest scenes."""
+    seen = Scenes(5, size=8)
+    trained = SceneMemory(CHANNELS, 8, 64, neighbours=4, attended=2, temperature=0.05)
     trained.remember(seen)
-    found, predicted = trained(Scenes(1, seed=5, size=8).features(0))
-    scenes = trained.scenes.float() * trained.step
-    # A grid of 8 is one block; its margin repeats the border.
-    padded = torch.nn.functional.pad(scenes.permute(0, 3, 1, 2), (1,) * 4, mode="replicate")
-    keys = padded.permute(0, 2, 3, 1).reshape(-1, 8)
-    query = found[0, :, 2, 5]
+    image = Scenes(1, seed=5, size=8).features(0)
+    found, predicted = trained(image)
+    # The second row's first block of 4 x 4, in the scenes that are alike as a whole.
+    scenes = (trained.scenes.float() * trained.step).permute(0, 3, 1, 2)[trained._most_similar(image)[0]]
+    wanted = found[0, :, 4:8, :4].mean((1, 2))
+    nearest = (scenes[:, :, 4:8, :4].mean((2, 3)) - wanted).square().sum(1).topk(2, largest=False).indices
+    # Its margin repeats the grid's border.
+    padded = torch.nn.functional.pad(scenes[nearest], (1,) * 4, mode="replicate")
+    keys = padded[:, :, 4:10, :6].permute(0, 2, 3, 1).reshape(-1, 8)
+    query = found[0, :, 6, 2]
     shares = (-(keys - query).square().sum(1) / (2 * 0.05)).softmax(0)
-    torch.testing.assert_close(predicted[0, :, 2, 5], shares @ keys, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(predicted[0, :, 6, 2], shares @ keys, rtol=1e-3, atol=1e-4)
 
 
 def test_of_too_many_scenes_the_most_different_are_kept():
