@@ -138,7 +138,7 @@ def _recommended() -> list[Way]:
     one = ("efficientnet_lite0",)
     views: dict[str, dict[str, Any]] = {
         "": {},
-        "network alone": {"fusion.weights": (1, 2, 1, 0)},
+        "network alone": {"fusion.weights": (2, 4, 2, 0)},
         "memory alone": {"fusion.weights": (0, 0, 0, 1)},
         "without codes": {"snc": "none"},
         "softmax codes": {"snc": "softmax"},
@@ -146,7 +146,7 @@ def _recommended() -> list[Way]:
         "smoothed 4": _CONTROL,
     }
     options = {"width": 0.5, "hardest": 0.03}
-    narrow = {"detector_options": options | {"width": 0.25}}
+    wide = {"detector_options": {"width": 0.5}}
     dense = TrainingSettings.model_validate(
         {"detector": "reverse", "detector_options": _DENSE, "input_size": 128, "learning_rate": 2e-3}
         | {"steps": 1000, "batch_size": 16}
@@ -154,8 +154,8 @@ def _recommended() -> list[Way]:
     return [
         Way("recommended", "accurate", RECIPES["accurate"], views, one),
         Way("recommended", "fast", RECIPES["fast"], views, one),
-        Way("recommended", "accurate, width 0.25", RECIPES["accurate"].changed(narrow), views, one),
-        Way("recommended", "fast, width 0.25", RECIPES["fast"].changed(narrow), views, one),
+        Way("recommended", "accurate, width 0.5", RECIPES["accurate"].changed(wide), views, one),
+        Way("recommended", "fast, width 0.5", RECIPES["fast"].changed(wide), views, one),
         Way("recommended", "reverse dense, 128", dense, {"": {}, "maximum": {"fusion.score": "max"}}, one),
         Way("recommended", "stfpm, 128", TrainingSettings(detector="stfpm", detector_options=options), {"": {}}, one),
     ]

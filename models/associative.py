@@ -36,15 +36,15 @@ class Associative(Detector):
     """
 
     name: ClassVar[str] = "associative"
-    width: float = Field(default=0.5, gt=0, le=2)
-    hardest: float = Field(default=0.02, gt=0, le=1)
+    width: float = Field(default=0.25, gt=0, le=2)
+    hardest: float = Field(default=0.03, gt=0, le=1)
     components: int = Field(default=64, ge=4, le=128)
     capacity: int = Field(default=1024, ge=1)
     neighbours: int = Field(default=48, ge=1, le=256)
-    attended: int = Field(default=8, ge=1, le=256)
+    attended: int = Field(default=2, ge=1, le=256)
     temperature: float = Field(default=0.01, gt=0)
     snc: Literal["none", "softmax", "uniform"] = "uniform"
-    fusion: MapFusion = MapFusion(kind="geometric", weights=(1, 2, 1, 2), score="top", top=0.01)
+    fusion: MapFusion = MapFusion(kind="geometric", weights=(2, 4, 2, 3), score="top", top=0.01)
 
     def build_student(self, teacher: Teacher) -> Student:
         """Return an untrained network and an empty memory, see the interface."""

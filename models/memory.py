@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from models.detector import NormalBatches, Pair
 from models.matching import unit
+from models.packing import Whole
 from models.statistics import Statistics
 from models.teachers import Features
 
@@ -21,7 +22,7 @@ _BLOCK, _MARGIN = 4, 1
 _SAMPLED_POSITIONS = 40_000
 
 
-class SceneMemory(Statistics):
+class SceneMemory(Statistics, Whole):
     """Normal scenes as the teacher sees them, compressed; it learns by looking once and has no weights to train.
 
     A scene is a grid of descriptors: the teacher's features at strides 8 and 16, pooled 3 x 3, joined and reduced to
@@ -62,7 +63,7 @@ class SceneMemory(Statistics):
     ) -> None:
         super().__init__()
         self._capacity, self._neighbours = capacity, neighbours
-        self._attended_scenes, self._temperature = attended, temperature
+        self._attended, self._temperature = attended, temperature
         self._components = components
         length = channels[1] * _CODE_CELLS**2
         empty = {
@@ -104,7 +105,9 @@ class SceneMemory(Statistics):
         grids = self.scenes.permute(0, 3, 1, 2).float()
         block = math.gcd(side, _BLOCK)
         keys = _blocks(grids, block, min(_MARGIN, side))
-        self.keys = keys.to(torch.int8)
+        # (N, blocks, positions * components) int8: what has four dimensions is laid out anew when a network goes to
+        # channels_last. (N, blocks, positions) float32 and (N, blocks, components) int8.
+        self.keys = keys.flatten(2).to(torch.int8)
         self.lengths = keys.square().sum(-1) * (0.5 * self.step.square())
         self.means = F.avg_pool2d(grids, block).round().flatten(2).transpose(1, 2).to(torch.int8)
 
@@ -127,53 +130,15 @@ class SceneMemory(Statistics):
         side = self.scenes.shape[1]
         if found.shape[-1] != side:
             found = F.interpolate(found, (side, side), mode="bilinear", align_corners=False)
-        return Pair(found, self._recalled(found, self._most_similar(features)))
+        recall = torch.ops.proctor.recalled if self.whole else _recalled
+        kept = [self.keys, self.lengths, self.means, self.step]
+        return Pair(found, recall(found, self._most_similar(features), kept, self._attended, self._temperature))
 
     def _most_similar(self, features: Features) -> Tensor:
         """Return the indices of the scenes most like each image, (B, K)."""
         code = unit((_code_input(features) - self.code_mean) / self.code_scale) @ self.code_basis
         likeness = unit(code) @ self.codes.T
         return likeness.topk(min(self._neighbours, len(self.codes)), dim=1).indices
-
-    def _recalled(self, found: Tensor, similar: Tensor) -> Tensor:
-        """Predict by attention.
-
-        Args:
-            found: (B, components, h, w) float32.
-            similar: (B, K) int64, the scenes to choose from.
-        """
-        side = found.shape[-1]
-        block, blocks = math.gcd(side, _BLOCK), self.keys.shape[1]
-        queries = _blocks(found, block, 0)
-        # One row of the memory is one block of one scene; from there on it is a plain gather.
-        rows = self._nearest(queries, similar) * blocks + torch.arange(blocks, device=found.device).unsqueeze(1)
-        keys = self.keys.flatten(2).flatten(0, 1).index_select(0, rows.flatten()).float().mul(self.step)
-        keys = keys.view(*rows.shape[:2], -1, found.shape[1])
-        # exp(-|q - k|^2 / 2t) is exp((q k - |k|^2 / 2) / t) up to a factor of the query's own.
-        bias = self.lengths.flatten(0, 1).index_select(0, rows.flatten()).view(*rows.shape[:2], 1, -1)
-        predicted = F.scaled_dot_product_attention(
-            queries,
-            keys,
-            keys,
-            attn_mask=bias.mul(-1 / self._temperature).expand(-1, -1, queries.shape[2], -1),
-            scale=1 / self._temperature,
-        )
-        joined = predicted.unflatten(1, (side // block, side // block)).unflatten(3, (block, block))
-        return joined.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
-
-    def _nearest(self, queries: Tensor, similar: Tensor) -> Tensor:
-        """Return for each block the scenes whose same block has the nearest mean, (B, blocks, k) int64.
-
-        Args:
-            queries: (B, blocks, positions, components) float32.
-            similar: (B, K) int64, the scenes to choose from.
-        """
-        wanted = queries.mean(2).unsqueeze(1)
-        means = self.means.flatten(1).index_select(0, similar.flatten()).float().mul(self.step)
-        means = means.view(*similar.shape, *wanted.shape[2:])
-        distances = (means - wanted).square().sum(-1).transpose(1, 2)
-        places = distances.topk(min(self._attended_scenes, similar.shape[1]), dim=2, largest=False, sorted=False)
-        return similar.unsqueeze(1).expand(-1, queries.shape[1], -1).gather(2, places.indices)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         """Make room first: how many scenes of what size there are, the saved state says."""
@@ -183,6 +148,64 @@ class SceneMemory(Statistics):
                 self._buffers[name] = torch.empty_like(saved, device=own.device)
         super()._load_from_state_dict(state_dict, prefix, *rest)
         self._arrange()
+
+
+def _recalled(found: Tensor, similar: Tensor, kept: list[Tensor], attended: int, temperature: float) -> Tensor:
+    """Predict descriptors by attention, (B, components, h, w) float32.
+
+    Args:
+        found: (B, components, h, w) float32, the image's own.
+        similar: (B, K) int64, the scenes to choose from.
+        kept: The memory's `keys`, `lengths`, `means` and `step`.
+        attended: Scenes that a block attends to.
+        temperature: In half squared distance.
+    """
+    keys, lengths, means, step = kept
+    side, blocks = found.shape[-1], means.shape[1]
+    block = math.gcd(side, _BLOCK)
+    queries = _blocks(found, block, 0)
+    # One row of the memory is one block of one scene; from there on it is a plain gather.
+    scenes = _nearest(queries, similar, means, step, attended)
+    rows = scenes * blocks + torch.arange(blocks, device=found.device).unsqueeze(1)
+    values = keys.flatten(0, 1).index_select(0, rows.flatten()).float().view(*rows.shape[:2], -1, found.shape[1])
+    # exp(-|q - k|^2 / 2t) is exp((q k - |k|^2 / 2) / t) up to a factor of the query's own.
+    bias = lengths.flatten(0, 1).index_select(0, rows.flatten()).view(*rows.shape[:2], 1, -1).mul(-1 / temperature)
+    mask = bias.expand(-1, -1, queries.shape[2], -1)
+    # Values stay whole numbers: their step is multiplied with what there is less of.
+    predicted = F.scaled_dot_product_attention(queries * step, values, values, attn_mask=mask, scale=1 / temperature)
+    predicted = predicted * step
+    joined = predicted.unflatten(1, (side // block, side // block)).unflatten(3, (block, block))
+    return joined.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3).contiguous()
+
+
+def _nearest(queries: Tensor, similar: Tensor, means: Tensor, step: Tensor, count: int) -> Tensor:
+    """Return for each block the scenes whose same block has the nearest mean, (B, blocks, count) int64.
+
+    Args:
+        queries: (B, blocks, positions, components) float32.
+        similar: (B, K) int64, the scenes to choose from; as many as there are if `count` is more.
+        means: As `_recalled` has them.
+        step: Likewise.
+        count: Scenes to choose.
+    """
+    wanted = queries.mean(2).unsqueeze(1)
+    given = means.flatten(1).index_select(0, similar.flatten()).float().mul(step)
+    given = given.view(*similar.shape, *wanted.shape[2:])
+    distances = (given - wanted).square().sum(-1).transpose(1, 2)
+    places = distances.topk(min(count, similar.shape[1]), dim=2, largest=False, sorted=False).indices
+    return similar.unsqueeze(1).expand(-1, queries.shape[1], -1).gather(2, places)
+
+
+_OPERATORS = torch.library.Library("proctor", "FRAGMENT")
+_OPERATORS.define("recalled(Tensor found, Tensor similar, Tensor[] kept, int attended, float temperature) -> Tensor")
+_OPERATORS.impl("recalled", _recalled, "CPU")
+
+
+def _recalled_shape(found: Tensor, *rest: Any) -> Tensor:
+    return torch.empty_like(found, memory_format=torch.contiguous_format)
+
+
+torch.library.register_fake("proctor::recalled", _recalled_shape, lib=_OPERATORS)
 
 
 def _descriptors(features: Features) -> Tensor:

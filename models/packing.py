@@ -95,8 +95,22 @@ class FusedConvolution(nn.Module):
         self.packed = True
 
 
+class Whole:
+    """A part of a module that has an operator for its work, which the compiler then calls and does not look into.
+
+    What the compiler makes of gathers is slower than what it replaces, and would spoil the rest of a program too.
+
+    Attributes:
+        whole: Whether the operator is called.
+    """
+
+    whole = False
+
+
 def pack(network: nn.Module, inputs: tuple[Any, ...]) -> None:
-    """Lay out the weights of all fused convolutions, in place, for the shapes that a call with `inputs` shows."""
+    """Lay out the weights of all fused convolutions, in place, for the shapes that a call with `inputs` shows, and
+    have operators called where there are some.
+    """
     shapes: dict[FusedConvolution, torch.Size] = {}
     convolutions = [module for module in network.modules() if isinstance(module, FusedConvolution)]
     hooks = [
@@ -109,6 +123,9 @@ def pack(network: nn.Module, inputs: tuple[Any, ...]) -> None:
         hook.remove()
     for module, shape in shapes.items():
         module.pack(shape)
+    for each in network.modules():
+        if isinstance(each, Whole):
+            each.whole = True
 
 
 def _activated(x: Tensor, activation: str) -> Tensor:

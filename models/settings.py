@@ -10,11 +10,6 @@ from pydantic import BaseModel, ConfigDict, Field
 from models.errors import ModelError
 
 
-def _default_options(given: dict[str, Any]) -> dict[str, Any]:
-    """Return the default detector's tuned options; any other has its own defaults."""
-    return {"width": 0.5, "hardest": 0.03} if given.get("detector") == "associative" else {}
-
-
 class TrainingSettings(BaseModel):
     """Everything that decides what a training yields, beside the images.
 
@@ -51,7 +46,7 @@ class TrainingSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     detector: str = "associative"
-    detector_options: dict[str, Any] = Field(default_factory=_default_options)
+    detector_options: dict[str, Any] = Field(default_factory=dict)
     teacher: str = "efficientnet_lite0"
     weights: str | None = None
     input_size: int = Field(default=128, ge=64, le=1024, multiple_of=32)
@@ -94,8 +89,8 @@ RECIPES: dict[str, TrainingSettings] = {
     # For two CPU cores: of what was tried the fastest that is within a point of the best, see docs/detectors.md. Three
     # tenths held out cost little accuracy and make the false-reject rate far steadier.
     "fast": TrainingSettings(),
-    # The same detector on more pixels: the best accuracy found at ten times a memory bank's speed, see docs/detectors.md.
-    # Few steps, since the network's overlap with defects falls again with longer training.
+    # The same detector on more pixels: the best accuracy found, see docs/detectors.md. Few steps, since the network's
+    # overlap with defects falls again with longer training.
     "accurate": TrainingSettings(input_size=192, steps=300, holdout=0.1),
     # Wang et al., BMVC 2021, section 3: conv2_x to conv4_x of ResNet-18, 256 x 256, SGD 0.4, an 80/20 split
     # and the checkpoint of the lowest validation loss.

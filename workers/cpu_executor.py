@@ -27,8 +27,8 @@ from workers.heap import keep_freed_memory
 
 Network = TypeVar("Network", Teacher, Student)
 
-# Frames computed together: as many as leave a network's activations in a core's share of the cache, in steps of four.
-_STEP, _CHUNK_PIXELS, _LARGEST_CHUNK = 4, 4 * 256 * 256, 16
+# Frames computed together: as many as leave a network's activations in a core's share of the cache.
+_CHUNKS, _CHUNK_PIXELS = (1, 4, 8, 16), 8 * 192 * 192
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,8 +138,8 @@ class CpuExecutor(Executor):
 
     def _sizes(self, input_size: int) -> list[int]:
         """The numbers of frames that are computed together, ascending."""
-        largest = min(_LARGEST_CHUNK, self._max_batch, max(1, _CHUNK_PIXELS // input_size**2))
-        return [_STEP**power for power in range(3) if _STEP**power <= largest]
+        largest = min(self._max_batch, max(1, _CHUNK_PIXELS // input_size**2))
+        return [count for count in _CHUNKS if count <= largest]
 
     def _program(self, build: tuple, network: nn.Module, compute: Callable[..., tuple[Tensor, ...]]) -> Program:
         # The first network of a build stays in memory with it: its Python is what the others run too.
@@ -198,7 +198,7 @@ def _judge(requests: Sequence[Request], maps: np.ndarray, scores: np.ndarray) ->
 
 def _whole(count: int) -> int:
     """The largest size that is computed together and not larger than `count`."""
-    return _STEP ** int(math.log(count, _STEP) + 1e-9)
+    return max(size for size in _CHUNKS if size <= count)
 
 
 def _described(state: State) -> list[tuple]:
