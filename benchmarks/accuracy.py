@@ -4,7 +4,8 @@
         --journal accuracy.jsonl --beside benchmarks/results/memory_bank.json --json benchmarks/results/accuracy.json
 
 Each training is a line of the journal, so a run that was cut short goes on where it stopped; the document is made
-from the whole journal. Speed is not measured here, since trainings run side by side: see `benchmarks.peers`.
+from the whole journal, and with `--onto` from that of earlier runs, whose rows stay where this journal has none. Speed
+is not measured here, since trainings run side by side: see `benchmarks.speed`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import numpy as np
 import torch
 
 from benchmarks.accuracy_suites import SUITES, Way, suite
-from benchmarks.accuracy_tables import summarise
+from benchmarks.accuracy_tables import joined, summarise
 from benchmarks.machine import describe_machine
 from models import metrics
 from models.datasets import InspectionSet, find_sets, read_mask
@@ -49,6 +50,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1, help="trainings side by side, a CPU thread each")
     parser.add_argument("--journal", type=Path, required=True, help="a line of JSON for each training")
     parser.add_argument("--beside", type=Path, nargs="*", default=[], help="documents of other programs to include")
+    parser.add_argument("--onto", type=Path, help="an earlier document; rows of ways that there still are stay in it")
     parser.add_argument("--json", type=Path, help="where the document goes; else standard output")
     options = parser.parse_args()
     done = {_key_of(entry) for entry in _entries(options.journal)}
@@ -66,7 +68,10 @@ def main() -> None:
                 f"{entry['set']}, seed {entry['seed']}: image AUROC {first['image_auroc'] * 100:.2f} %",
                 flush=True,
             )
-    document = summarise(_current(_entries(options.journal))) | {
+    measured = summarise(_current(_entries(options.journal)))
+    if options.onto:
+        measured = joined(json.loads(options.onto.read_text()), measured, {(w.suite, w.name) for w in _all_ways()})
+    document = measured | {
         "command": "python -m benchmarks.accuracy --data SETS --weights FILE --journal FILE --suite NAME --workers 2",
         "machine": describe_machine(),
         "device": str(pick_device()),
@@ -101,9 +106,14 @@ def _key_of(entry: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(entry[name] for name in ("suite", "way", "teacher", "set", "seed", "fingerprint"))
 
 
+def _all_ways() -> Iterator[Way]:
+    for name in SUITES:
+        yield from suite(name)
+
+
 def _current(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Leave out lines of ways that have changed since."""
-    known = {(way.suite, way.name, way.fingerprint) for name in SUITES for way in suite(name)}
+    known = {(way.suite, way.name, way.fingerprint) for way in _all_ways()}
     return [each for each in entries if (each["suite"], each["way"], each["fingerprint"]) in known]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections import defaultdict
+from collections.abc import Set
 from typing import Any
 
 FIGURES = ("image_auroc", "average_precision", "pixel_auroc", "aupro_30", "aupro_5")
@@ -25,6 +26,23 @@ def summarise(entries: list[dict[str, Any]]) -> dict[str, Any]:
     rows = [_row(key, members) for key, members in groups.items()]
     settings = {f"{entry['suite']}/{entry['way']}": entry["settings"] for entry in entries}
     return {"benchmark": "accuracy", "unit": "per cent, mean and spread over seeds", "rows": rows, "settings": settings}
+
+
+def joined(earlier: dict[str, Any], measured: dict[str, Any], ways: Set[tuple[str, str]]) -> dict[str, Any]:
+    """Return a document of both: what was measured anew replaces the earlier rows of its way and teacher.
+
+    Args:
+        earlier: A document.
+        measured: Another one.
+        ways: (suite, way) that there still are; rows of others are left out.
+    """
+    new = {(row["suite"], row["way"], row["teacher"]) for row in measured["rows"]}
+    kept = [row for row in earlier["rows"] if (row["suite"], row["way"], row["teacher"]) not in new]
+    rows = [row for row in kept + measured["rows"] if (row["suite"], row["way"]) in ways]
+    order = {suite: place for place, suite in enumerate(dict.fromkeys(suite for suite, _ in sorted(ways)))}
+    names = {f"{suite}/{way}" for suite, way in ways}
+    settings = {name: each for name, each in (earlier["settings"] | measured["settings"]).items() if name in names}
+    return measured | {"rows": sorted(rows, key=lambda row: order[row["suite"]]), "settings": settings}
 
 
 def _row(key: tuple[str, str, str, str], members: list[dict[str, Any]]) -> dict[str, Any]:

@@ -3,15 +3,18 @@
     python -m benchmarks.speed --data ../shared/data --weights resnet18.safetensors --json benchmarks/results/speed.json
 
 Both go from a uint8 image of their input size to map and score, on as many CPU threads (or on the GPU), by batches of
-1 and 8. A recipe is timed before and after the bank, and the slower figure counts. A training's steps do not change
-speed, so each recipe takes one; its memory holds all scenes. The bank is PatchCore's as `benchmarks.memory_bank` has
-it: ResNet-18, 256 x 256, 10 % of the vectors, here drawn at random, which does not change its speed.
+1, 8 and 16. A recipe is judged by the engine that serves it, after everything is compiled, and timed before and after
+the bank; the slower figure counts. A training's steps do not change speed, so each recipe takes one; its memory holds
+all scenes. The bank is PatchCore's as `benchmarks.memory_bank` has it: ResNet-18, 256 x 256, 10 % of the vectors, here
+drawn at random, which does not change its speed; in bfloat16 where the CPU has it, without a compiler.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +23,17 @@ import torch
 
 from benchmarks.machine import describe_machine
 from benchmarks.memory_bank import frames_per_s
+from benchmarks.networks import Weights, make_engine, serving
 from benchmarks.patchcore import PatchCore, Settings
 from models.datasets import InspectionSet, find_sets
 from models.images import read_training_images
 from models.inference import best_dtype, pick_device
-from models.judging import speed
+from models.registry import Registry
 from models.settings import RECIPES, TrainingSettings
-from models.teachers import load_teacher
-from models.training import TrainedStudent, train
+from models.training import train
+from workers.engine import Budget, Engine, Request
 
-_BATCHES = (1, 8)
+_BATCHES = (1, 8, 16)
 
 
 def main() -> None:
@@ -59,16 +63,18 @@ def main() -> None:
 
 def _measure(each: InspectionSet, options: argparse.Namespace) -> dict[str, Any]:
     print(f"{each.name}: {len(each.train)} normal images", flush=True)
-    students = {name: _student(RECIPES[name], each, options) for name in options.recipes}
-    before = {name: _fps(*student) for name, student in students.items()}
-    settings = Settings(random=True)
-    normals, _ = read_training_images(each.train, settings.size)
-    bank = PatchCore(load_teacher("resnet18", options.weights), normals, settings, 0)
-    tested, _ = read_training_images([image.path for image in each.test[: _BATCHES[-1]]], settings.size)
-    banks = {str(batch): frames_per_s(bank.judge, tested[:batch]) for batch in _BATCHES}
-    after = {name: _fps(*student) for name, student in students.items()}
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        weights = Weights(options.weights, Path(folder))
+        served = {name: _serve(name, each, options, weights, Path(folder) / name, stack) for name in options.recipes}
+        before = {name: _fps(*recipe) for name, recipe in served.items()}
+        settings = Settings(random=True)
+        normals, _ = read_training_images(each.train, settings.size)
+        bank = PatchCore(weights.teacher("resnet18"), normals, settings, 0)
+        tested, _ = read_training_images([image.path for image in each.test[: _BATCHES[-1]]], settings.size)
+        banks = {str(batch): frames_per_s(bank.judge, tested[:batch]) for batch in _BATCHES}
+        after = {name: _fps(*recipe) for name, recipe in served.items()}
     recipes = {}
-    for name in students:
+    for name in served:
         slower = {batch: min(before[name][batch], after[name][batch]) for batch in banks}
         ratios = {batch: round(slower[batch] / banks[batch], 1) for batch in banks}
         recipes[name] = {"frames_per_s": slower, "to_memory_bank": ratios}
@@ -80,19 +86,31 @@ def _measure(each: InspectionSet, options: argparse.Namespace) -> dict[str, Any]
     }
 
 
-def _student(
-    settings: TrainingSettings, each: InspectionSet, options: argparse.Namespace
-) -> tuple[TrainedStudent, np.ndarray]:
-    """Return a student of all normal images and the test images to time it with."""
-    weights = str(options.weights) if settings.teacher == "resnet18" else None
-    quick = settings.model_copy(update={"weights": weights, "steps": 1, "threads": options.threads})
+def _serve(
+    name: str,
+    each: InspectionSet,
+    options: argparse.Namespace,
+    weights: Weights,
+    folder: Path,
+    stack: contextlib.ExitStack,
+) -> tuple[Engine, list[Request]]:
+    """Return an engine that serves a recipe with a memory of all normal images, and frames to time it with."""
+    settings: TrainingSettings = RECIPES[name].model_copy(update={"steps": 1, "threads": options.threads})
     normals, _ = read_training_images(each.train, settings.input_size)
     tested, _ = read_training_images([image.path for image in each.test[: _BATCHES[-1]]], settings.input_size)
-    return train(normals, quick), tested
+    registry = Registry(folder)
+    student = train(normals, settings, teacher=weights.teacher(settings.teacher))
+    print(f"{each.name}: compiling {name}", flush=True)
+    engine = make_engine(registry, weights, Budget(_BATCHES[-1], options.threads))
+    resident = stack.enter_context(serving(engine, registry, student, 1))[0]
+    return engine, [Request(resident, image) for image in tested]
 
 
-def _fps(student: TrainedStudent, tested: np.ndarray) -> dict[str, float]:
-    return {str(batch): round(speed(student, tested, batch), 2) for batch in _BATCHES}
+def _fps(engine: Engine, requests: list[Request]) -> dict[str, float]:
+    def judge(indices: np.ndarray) -> None:
+        engine.judge([requests[index] for index in indices])
+
+    return {str(batch): frames_per_s(judge, np.arange(batch)) for batch in _BATCHES}
 
 
 if __name__ == "__main__":

@@ -291,9 +291,9 @@ def associative() -> Sketch:
     features = sketch.box((2.8, 1.9), "features,\nthree strides", size=(1.0, 0.45))
     found = sketch.box((4.1, 1.9), "descriptors\nat stride 8", "measured", (1.05, 0.45))
     code = sketch.box((2.8, 0.8), "code of\nthe scene", "measured", (1.0, 0.45))
-    scenes = sketch.box((4.1, 0.8), "most similar\nnormal scenes", "measured", (1.05, 0.45))
+    scenes = sketch.box((4.1, 0.8), "nearest blocks\nof alike scenes", "measured", (1.05, 0.45))
     attention = sketch.box((5.3, 0.8), "softmax\nattention", size=(0.9, 0.45))
-    matched = sketch.box((6.5, 2.55), "1 - cosine,\nthree strides", "map", (1.0, 0.45))
+    matched = sketch.box((6.5, 2.55), "1 - cosine of\ncodes, 3 strides", "map", (1.0, 0.45))
     remembered = sketch.box((6.5, 1.9), "half squared\ndistance", "map", (1.0, 0.45))
     y = (matched.y + remembered.y) / 2
     fusion = sketch.box((7.72, y), "geometric\nmean", "measured", (0.85, 0.5))

@@ -107,7 +107,7 @@ def test_warm_start_goes_on_where_it_was(normals, trained):
 
 
 def test_warm_start_from_another_network(normals, trained):
-    narrower = QUICK.model_copy(update={"detector_options": {"width": 0.25}})
+    narrower = QUICK.model_copy(update={"detector_options": {"width": 0.125}})
     with pytest.raises(ModelError, match="another network") as caught:
         train(normals, narrower, start_from=trained.student.state_dict())
     assert "\n" not in str(caught.value)
