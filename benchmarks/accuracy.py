@@ -70,7 +70,8 @@ def main() -> None:
             )
     measured = summarise(_current(_entries(options.journal)))
     if options.onto:
-        measured = joined(json.loads(options.onto.read_text()), measured, {(w.suite, w.name) for w in _all_ways()})
+        ways = {(way.suite, way.name, teacher) for way in _all_ways() for teacher in way.teachers}
+        measured = joined(json.loads(options.onto.read_text()), measured, ways)
     document = measured | {
         "command": "python -m benchmarks.accuracy --data SETS --weights FILE --journal FILE --suite NAME --workers 2",
         "machine": describe_machine(),

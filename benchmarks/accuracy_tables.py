@@ -28,21 +28,24 @@ def summarise(entries: list[dict[str, Any]]) -> dict[str, Any]:
     return {"benchmark": "accuracy", "unit": "per cent, mean and spread over seeds", "rows": rows, "settings": settings}
 
 
-def joined(earlier: dict[str, Any], measured: dict[str, Any], ways: Set[tuple[str, str]]) -> dict[str, Any]:
+def joined(earlier: dict[str, Any], measured: dict[str, Any], ways: Set[tuple[str, str, str]]) -> dict[str, Any]:
     """Return a document of both: what was measured anew replaces the earlier rows of its way and teacher.
 
     Args:
         earlier: A document.
         measured: Another one.
-        ways: (suite, way) that there still are; rows of others are left out.
+        ways: (suite, way, teacher) that there still are; rows of others are left out.
     """
-    new = {(row["suite"], row["way"], row["teacher"]) for row in measured["rows"]}
-    kept = [row for row in earlier["rows"] if (row["suite"], row["way"], row["teacher"]) not in new]
-    rows = [row for row in kept + measured["rows"] if (row["suite"], row["way"]) in ways]
-    order = {suite: place for place, suite in enumerate(dict.fromkeys(suite for suite, _ in sorted(ways)))}
-    names = {f"{suite}/{way}" for suite, way in ways}
+    new = set(map(_place, measured["rows"]))
+    rows = [row for row in earlier["rows"] if _place(row) not in new] + measured["rows"]
+    names = {f"{suite}/{way}" for suite, way, _ in ways}
     settings = {name: each for name, each in (earlier["settings"] | measured["settings"]).items() if name in names}
-    return measured | {"rows": sorted(rows, key=lambda row: order[row["suite"]]), "settings": settings}
+    kept = sorted((row for row in rows if _place(row) in ways), key=lambda row: row["suite"])
+    return measured | {"rows": kept, "settings": settings}
+
+
+def _place(row: dict[str, Any]) -> tuple[str, str, str]:
+    return row["suite"], row["way"], row["teacher"]
 
 
 def _row(key: tuple[str, str, str, str], members: list[dict[str, Any]]) -> dict[str, Any]:

@@ -127,3 +127,15 @@ def test_an_image_of_another_size_is_compared_on_the_scenes_grid():
     trained = memory()
     trained.remember(Scenes(5))
     assert trained(Scenes(1, size=24).features(0)).target.shape == (1, 8, 16, 16)
+
+
+def test_the_operator_is_the_plain_function_and_describes_its_result():
+    trained = memory()
+    trained.remember(Scenes(5))
+    features = Scenes(2, seed=4).features(0, 1)
+    plain = trained(features).prediction
+    trained.whole = True
+    assert torch.equal(trained(features).prediction, plain)
+    kept = [trained.keys, trained.lengths, trained.means, trained.step]
+    arguments = (trained(features).target, trained._most_similar(features), kept, 2, 0.01)
+    torch.library.opcheck(torch.ops.proctor.recalled.default, arguments, test_utils="test_faketensor")
