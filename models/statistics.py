@@ -95,7 +95,7 @@ class MovingAverage(Statistics):
         self.variance.mul_(1 - weight).add_(weight * variance + weight * (1 - weight) * step.square())
 
     def forward(self, features: Tensor) -> Tensor:
-        """Return (B, C, h, w) float32 features with variance 1 in each channel over normal images."""
+        """Return (B, C, h, w) float32 features of variance 1 over normal images, less in channels that vary little."""
         # A channel that hardly ever varies is not blown up to the others' size.
         variance = self.variance + _QUIET * self.variance.mean() + _TINY
         shape = (1, -1, 1, 1)

@@ -314,14 +314,14 @@ def test_options_are_json_or_text_and_nest():
 
 
 def test_a_recipes_options_are_for_its_own_detector_only():
-    fast = recipe("fast")
-    assert fast.detector_options
-    own, other = chosen_settings("fast", ["associative", "sibling", "associative"], [], {"steps": 7})
-    assert (own.detector_options, own.steps) == (fast.detector_options, 7)
+    paper = recipe("paper")
+    assert paper.detector_options
+    own, other = chosen_settings("paper", ["stfpm", "sibling", "stfpm"], [], {"steps": 7})
+    assert (own.detector_options, own.steps) == (paper.detector_options, 7)
     assert (other.detector, other.detector_options, other.steps) == ("sibling", {}, 7)
-    (merged,) = chosen_settings("fast", [], ["hardest=0.1"], {})
-    assert merged.detector_options == fast.detector_options | {"hardest": 0.1}
-    assert recipe("fast").detector_options == fast.detector_options
+    (merged,) = chosen_settings("paper", [], ["hardest=0.1"], {})
+    assert merged.detector_options == paper.detector_options | {"hardest": 0.1}
+    assert recipe("paper").detector_options == paper.detector_options
 
 
 @pytest.mark.parametrize(

@@ -149,9 +149,9 @@ def test_moving_averages_settle_before_the_training_and_are_frozen_in_it():
     frozen = {name: value.clone() for name, value in student.state_dict().items()}
     images, features = source.batch(torch.arange(400))
     for pair in student(images, features):
-        # Of 5 with spread 2, and -1 with spread 0.5.
-        assert pair.target.mean(dim=(0, 2, 3)).tolist() == pytest.approx([2.5, -2], abs=0.2)
-        assert pair.target.std(dim=(0, 2, 3)).tolist() == pytest.approx([1, 1], abs=0.15)
+        # Of 5 with variance 4, and -1 with variance 0.25; a tenth of their mean is added to each.
+        assert pair.target.mean(dim=(0, 2, 3)).tolist() == pytest.approx([5 / 4.2125**0.5, -1 / 0.4625**0.5], abs=0.1)
+        assert pair.target.std(dim=(0, 2, 3)).tolist() == pytest.approx([2 / 4.2125**0.5, 0.5 / 0.4625**0.5], abs=0.1)
     assert all(torch.equal(value, frozen[name]) for name, value in student.state_dict().items())
 
 
