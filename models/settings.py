@@ -86,10 +86,10 @@ class TrainingSettings(BaseModel):
 
 
 RECIPES: dict[str, TrainingSettings] = {
-    # For two CPU cores: of what was tried the fastest that is within a point of the best, see docs/detectors.md. Three
+    # For two CPU cores: of what was tried the fastest that is within a point of `accurate`, see docs/detectors.md. Three
     # tenths held out cost little accuracy and make the false-reject rate far steadier.
     "fast": TrainingSettings(),
-    # The same detector on more pixels: the best accuracy found, see docs/detectors.md. Few steps, since the network's
+    # The same detector on more pixels: better on small defects, see docs/detectors.md. Few steps, since the network's
     # overlap with defects falls again with longer training.
     "accurate": TrainingSettings(input_size=192, steps=300, holdout=0.1),
     # Wang et al., BMVC 2021, section 3: conv2_x to conv4_x of ResNet-18, 256 x 256, SGD 0.4, an 80/20 split
