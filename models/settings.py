@@ -86,8 +86,8 @@ class TrainingSettings(BaseModel):
 
 
 RECIPES: dict[str, TrainingSettings] = {
-    # For two CPU cores: of what was tried the fastest that is within a point of `accurate`, see docs/detectors.md. Three
-    # tenths held out cost little accuracy and make the false-reject rate far steadier.
+    # For two CPU cores: the fastest that is within a point of `accurate`, see docs/detectors.md. Three tenths held out
+    # cost little accuracy and make the false-reject rate far steadier.
     "fast": TrainingSettings(),
     # The same detector on more pixels: better on small defects, see docs/detectors.md. Few steps, since the network's
     # overlap with defects falls again with longer training.
