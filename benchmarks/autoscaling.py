@@ -111,7 +111,7 @@ def _publish_version(registry: Registry) -> str:
     detector = make_detector("stfpm", {"width": 0.5})
     draft = ModelDraft(
         product=_PRODUCT,
-        detector=DetectorRecord(name=detector.name, options=detector.model_dump(mode="json")),
+        detector=DetectorRecord.of(detector),
         teacher=TeacherRecord(name=teacher.name, weights_sha256=teacher.weights_sha256),
         input_size=_INPUT_SIZE,
         threshold=1e9,

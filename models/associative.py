@@ -36,6 +36,7 @@ class Associative(Detector):
     """
 
     name: ClassVar[str] = "associative"
+    revision: ClassVar[int] = 2
     width: float = Field(default=0.25, gt=0, le=2)
     hardest: float = Field(default=0.03, gt=0, le=1)
     components: int = Field(default=64, ge=4, le=128)

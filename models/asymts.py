@@ -29,6 +29,7 @@ class AsymTS(FeatureMatching):
     """
 
     name: ClassVar[str] = "asymts"
+    revision: ClassVar[int] = 2
     width: float = Field(default=1.0, gt=0, le=2)
     blocks: Literal["contextual", "plain"] = "contextual"
     momentum: float | None = Field(default=0.05, gt=0, le=1)

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import torch
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
+from models.detector import Detector
 from models.errors import VersionError
 from models.images import TrainingImage
 from models.settings import TrainingSettings
@@ -31,10 +32,22 @@ class _Record(BaseModel):
 
 
 class DetectorRecord(_Record):
-    """A detector as `models.detectors.make_detector` takes it."""
+    """A detector as `models.detectors.make_detector` takes it.
+
+    Attributes:
+        name: Of the method.
+        options: All of them, as they were at the training.
+        revision: Of the method, as it was then.
+    """
 
     name: str
     options: dict[str, Any]
+    revision: int = 1
+
+    @classmethod
+    def of(cls, detector: Detector) -> DetectorRecord:
+        """Describe a detector."""
+        return cls(name=detector.name, options=detector.model_dump(mode="json"), revision=detector.revision)
 
 
 class TeacherRecord(_Record):

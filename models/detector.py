@@ -93,12 +93,15 @@ class Detector(BaseModel, ABC):
     """A teacher-student method. Its fields are its options, so a version records it as a name and a dict.
 
     Attributes:
+        revision: Counts up when the same options and weights come to compute something else: a version of an earlier
+            revision is refused, since its threshold would not hold.
         fusion: How its maps become an anomaly map and a score.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: ClassVar[str]
+    revision: ClassVar[int] = 1
     fusion: MapFusion = MapFusion()
 
     @field_validator("fusion", mode="before")

@@ -38,6 +38,7 @@ class EfficientAD(Detector):
     """
 
     name: ClassVar[str] = "efficientad"
+    revision: ClassVar[int] = 2
     width: float = Field(default=0.5, gt=0, le=2)
     embedding: int = Field(default=256, ge=8, le=4096)
     hard: float = Field(default=0.001, gt=0, le=1)

@@ -40,6 +40,7 @@ class FCL(Detector):
     """
 
     name: ClassVar[str] = "fcl"
+    revision: ClassVar[int] = 2
     host: Literal["stfpm", "asymts", "reverse"] = "stfpm"
     host_options: dict[str, Any] = Field(default_factory=dict, validate_default=True)
     snc: SNC = SNC(form="uniform", place="map")

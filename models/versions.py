@@ -8,7 +8,7 @@ from torch import Tensor
 
 from models.cards import DetectorRecord, ModelCard, ModelDraft, TeacherRecord, TrainingRecord
 from models.detector import Detector, Student
-from models.detectors import make_detector
+from models.detectors import DETECTORS, make_detector
 from models.errors import VersionError
 from models.images import TrainingImage
 from models.teachers import Teacher
@@ -35,7 +35,7 @@ def draft_card(
     """
     return ModelDraft(
         product=product,
-        detector=DetectorRecord(name=trained.detector.name, options=trained.detector.model_dump(mode="json")),
+        detector=DetectorRecord.of(trained.detector),
         teacher=TeacherRecord(name=trained.teacher.name, weights_sha256=trained.teacher.weights_sha256),
         input_size=trained.settings.input_size,
         threshold=trained.calibration.threshold,
@@ -58,11 +58,19 @@ def restore(card: ModelCard, state: Mapping[str, Tensor], teacher: Teacher) -> t
     """Rebuild a published version's detector and student, float32 on the CPU, in evaluation mode.
 
     Raises:
-        VersionError: The teacher is not the version's, or the weights do not fit the recorded detector.
+        VersionError: The teacher is not the version's, the weights do not fit the recorded detector, or the method
+            has since come to compute something else.
         ModelError: This program does not know the recorded detector.
     """
     card.check_teacher(teacher.weights_sha256)
-    detector = make_detector(card.detector.name, card.detector.options)
+    record = card.detector
+    if record.name in DETECTORS and record.revision != DETECTORS[record.name].revision:
+        raise VersionError(
+            f"version {card.product}/{card.version} is of revision {record.revision} of the detector {record.name}, "
+            f"this program has revision {DETECTORS[record.name].revision}: its threshold would not hold; train the "
+            "product again"
+        )
+    detector = make_detector(record.name, record.options)
     student = detector.build_student(teacher)
     try:
         student.load_state_dict(state)

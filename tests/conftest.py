@@ -205,7 +205,7 @@ def versions(tmp_path_factory: pytest.TempPathFactory) -> Versions:
             state[name] = torch.full_like(state[name], torch.nan)
         draft = ModelDraft(
             product=product,
-            detector=DetectorRecord(name=detector.name, options=detector.model_dump(mode="json")),
+            detector=DetectorRecord.of(detector),
             teacher=TeacherRecord(name=teacher.name, weights_sha256=teacher.weights_sha256),
             input_size=input_size,
             threshold=threshold,

@@ -69,7 +69,7 @@ def publish_slow_version(registry: Registry, product: str) -> str:
     detector = make_detector("stfpm", {"width": 0.125})
     draft = ModelDraft(
         product=product,
-        detector=DetectorRecord(name=detector.name, options=detector.model_dump(mode="json")),
+        detector=DetectorRecord.of(detector),
         teacher=TeacherRecord(name=teacher.name, weights_sha256=teacher.weights_sha256),
         input_size=1024,
         threshold=1e9,

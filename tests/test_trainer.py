@@ -15,6 +15,7 @@ from PIL import Image
 from test_results import new_row
 
 from models.cards import ModelCard
+from models.detectors import DETECTORS
 from models.registry import Registry
 from models.settings import TrainingSettings
 from producers.frame import Picture
@@ -118,6 +119,21 @@ def test_retraining_starts_from_the_version_in_service_and_takes_the_approvals(s
     cold = shop.work(Job(product="cell", images=[str(images)], overrides={"seed": 1, "input_size": 96}))
     assert shop.card(cold).parent is None  # of another shape
     assert card.metrics["final_loss"] < 0.7 * shop.card(cold).metrics["final_loss"]
+
+
+def test_options_spelled_out_are_the_same_detector(shop, images):
+    first = shop.work(Job(product="cell", images=[str(images)]))
+    options = shop.card(first).detector.options
+    second = shop.work(Job(product="cell", overrides={"detector_options": options}))
+    assert shop.card(second).parent == first.version
+
+
+def test_a_retraining_starts_cold_where_the_method_computes_something_else_since(shop, images, monkeypatch):
+    shop.work(Job(product="cell", images=[str(images)]))
+    monkeypatch.setattr(DETECTORS[SETTINGS.detector], "revision", 99)
+    second = shop.work(Job(product="cell"))
+    assert (second.state, second.error) == ("succeeded", "")
+    assert (shop.card(second).parent, shop.card(second).detector.revision) == (None, 99)
 
 
 def test_approvals_alone_are_enough(shop):

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 from pydantic import ValidationError
 
-from models.cards import ModelCard
+from models.cards import DetectorRecord, ModelCard
+from models.detectors import make_detector
 from models.errors import ModelError, TrainingDataError, TrainingStoppedError
 from models.images import TrainingImage, list_images, read_training_images
 from models.preprocess import fit_to_input
@@ -147,12 +148,12 @@ class Trainer:
         return self._stores.registry.card(product, version) if version else None
 
     def _start_from(self, parent: ModelCard | None, settings: TrainingSettings) -> dict | None:
-        """The parent's student where the new one has the same shape: a retraining then starts warm."""
+        """The parent's student where the new one computes the same: a retraining then starts warm."""
         if parent is None:
             return None
-        before = parent.training.settings
-        same = ("detector", "detector_options", "teacher", "input_size")
-        if any(getattr(before, name) != getattr(settings, name) for name in same):
+        detector = DetectorRecord.of(make_detector(settings.detector, settings.detector_options))
+        before = (parent.detector, parent.teacher.name, parent.input_size)
+        if before != (detector, settings.teacher, settings.input_size):
             return None
         return self._stores.registry.load_student(parent.product, parent.version)[1]
 
