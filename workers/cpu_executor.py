@@ -1,7 +1,6 @@
 """The engine's work on a CPU: one stream of computation per core, packed convolutions, compiled programs."""
 
 import copy
-import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -105,11 +104,10 @@ class CpuExecutor(Executor):
         maps = np.empty((len(requests), size, size), np.float32)
         scores = np.empty(len(requests), np.float64)
         futures, start = [], 0
-        while start < len(requests):
-            share = math.ceil((len(requests) - start) / self._threads)
-            stop = start + max(count for count in self._sizes(size) if count <= share)
-            futures.append(self._streams.submit(_judge, requests[start:stop], maps[start:stop], scores[start:stop]))
-            start = stop
+        for count in cut(len(requests), self._threads, self._sizes(size)):
+            part = slice(start, start + count)
+            futures.append(self._streams.submit(_judge, requests[part], maps[part], scores[part]))
+            start += count
         for future in futures:
             future.result()
         return maps, scores
@@ -159,6 +157,23 @@ class CpuExecutor(Executor):
                 self._compiler.add((studying, count, side), partial(studying.compile, resident.state, taught))
 
 
+def cut(frames: int, streams: int, sizes: Sequence[int]) -> list[int]:
+    """Return how many frames are computed together: an equal share for each stream, in few parts, the largest first.
+
+    Args:
+        frames: How many there are.
+        streams: How many compute at a time.
+        sizes: The numbers of frames that can be computed together, 1 among them.
+    """
+    parts = []
+    for stream in range(streams):
+        rest = (frames + stream) // streams
+        while rest:
+            parts.append(max(size for size in sizes if size <= rest))
+            rest -= parts[-1]
+    return sorted(parts, reverse=True)
+
+
 def _one_thread() -> None:
     torch.set_num_threads(1)
 
@@ -189,14 +204,14 @@ def _judge(requests: Sequence[Request], maps: np.ndarray, scores: np.ndarray) ->
         resident = requests[start].resident
         assert isinstance(resident, CpuResident)
         same = next((row for row in range(start, len(requests)) if requests[row].resident is not resident), None)
-        stop = start + _whole((same or len(requests)) - start)
+        stop = start + _largest((same or len(requests)) - start)
         part = tuple(each[start:stop] for each in taught)
         found, score = resident.studying(resident.student, resident.state, part)
         maps[start:stop], scores[start:stop] = found.numpy(), score.numpy()
         start = stop
 
 
-def _whole(count: int) -> int:
+def _largest(count: int) -> int:
     """The largest size that is computed together and not larger than `count`."""
     return max(size for size in _CHUNKS if size <= count)
 
