@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from models.detector import NormalBatches, Pair
 from models.matching import unit
-from models.packing import Whole
+from models.packing import ByOperator
 from models.statistics import Statistics
 from models.teachers import Features
 
@@ -22,7 +22,7 @@ _BLOCK, _MARGIN = 4, 1
 _SAMPLED_POSITIONS = 40_000
 
 
-class SceneMemory(Statistics, Whole):
+class SceneMemory(Statistics, ByOperator):
     """Normal scenes as the teacher sees them, compressed; it learns by looking once and has no weights to train.
 
     A scene is a grid of descriptors: the teacher's features at strides 8 and 16, pooled 3 x 3, joined and reduced to
@@ -46,7 +46,6 @@ class SceneMemory(Statistics, Whole):
     code_scale: Tensor
     code_basis: Tensor
     codes: Tensor
-    scenes: Tensor
     step: Tensor
     keys: Tensor
     lengths: Tensor
@@ -73,14 +72,29 @@ class SceneMemory(Statistics, Whole):
             "code_scale": torch.ones(length),
             "code_basis": torch.zeros(length, 1),
             "codes": torch.zeros(1, 1),
-            "scenes": torch.zeros(1, 1, 1, components, dtype=torch.int8),
             "step": torch.ones(()),
         }
         for name, value in empty.items():
             self.register_buffer(name, value)
         for name in ("keys", "lengths", "means"):
             self.register_buffer(name, torch.empty(0), persistent=False)
-        self._arrange()
+        self._keep(torch.zeros(1, 1, 1, components, dtype=torch.int8))
+
+    @property
+    def side(self) -> int:
+        """Cells along a side of a scene's grid."""
+        return math.isqrt(self.means.shape[1]) * self._block
+
+    @property
+    def _block(self) -> int:
+        return math.isqrt(self.lengths.shape[2]) - 2 * _MARGIN
+
+    @property
+    def scenes(self) -> Tensor:
+        """(N, side, side, components) int8: the blocks without their margins. They are what a version saves."""
+        grid, own = math.isqrt(self.means.shape[1]), slice(_MARGIN, _MARGIN + self._block)
+        windows = self.keys.unflatten(2, (self._block + 2 * _MARGIN,) * 2 + (self._components,))[:, :, own, own]
+        return windows.unflatten(1, (grid, grid)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
     @torch.no_grad()
     def remember(self, source: NormalBatches) -> None:
@@ -96,15 +110,15 @@ class SceneMemory(Statistics, Whole):
         self.mean, self.basis = self._principal(source, chunks)
         scenes = torch.cat([self._described(source.batch(chunk)[1]) for chunk in chunks])
         self.step = scenes.abs().amax().clamp_min(1e-6) / 127
-        self.scenes = (scenes / self.step).round().to(torch.int8)
-        self._arrange()
+        self._keep((scenes / self.step).round().to(torch.int8))
 
-    def _arrange(self) -> None:
-        """Lay the scenes out as attention reads them: by block, with a margin; and what blocks are found by."""
-        side = self.scenes.shape[1]
-        grids = self.scenes.permute(0, 3, 1, 2).float()
-        block = math.gcd(side, _BLOCK)
-        keys = _blocks(grids, block, min(_MARGIN, side))
+    def _keep(self, scenes: Tensor) -> None:
+        """Lay (N, side, side, components) int8 scenes out as attention reads them: by block, with a margin; and what
+        blocks are found by.
+        """
+        grids = scenes.permute(0, 3, 1, 2).float()
+        block = math.gcd(scenes.shape[1], _BLOCK)
+        keys = _blocks(grids, block, _MARGIN)
         # (N, blocks, positions * components) int8: what has four dimensions is laid out anew when a network goes to
         # channels_last. (N, blocks, positions) float32 and (N, blocks, components) int8.
         self.keys = keys.flatten(2).to(torch.int8)
@@ -127,10 +141,9 @@ class SceneMemory(Statistics, Whole):
     def forward(self, features: Features) -> Pair:
         """Return the image's descriptors and those that the memory predicts, (B, components, h, w) float32."""
         found = self._described(features).permute(0, 3, 1, 2)
-        side = self.scenes.shape[1]
-        if found.shape[-1] != side:
-            found = F.interpolate(found, (side, side), mode="bilinear", align_corners=False)
-        recall = torch.ops.proctor.recalled if self.whole else _recalled
+        if found.shape[-1] != self.side:
+            found = F.interpolate(found, (self.side,) * 2, mode="bilinear", align_corners=False)
+        recall = torch.ops.proctor.recalled if self.by_operator else _recalled
         kept = [self.keys, self.lengths, self.means, self.step]
         return Pair(found, recall(found, self._most_similar(features), kept, self._attended, self._temperature))
 
@@ -140,14 +153,25 @@ class SceneMemory(Statistics, Whole):
         likeness = unit(code) @ self.codes.T
         return likeness.topk(min(self._neighbours, len(self.codes)), dim=1).indices
 
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "scenes"] = self.scenes
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         """Make room first: how many scenes of what size there are, the saved state says."""
+        missing, _, errors = rest[-3:]
+        scenes = state_dict.pop(prefix + "scenes", None)
         for name, own in self._buffers.items():
             saved = state_dict.get(prefix + name)
             if saved is not None and own is not None and saved.dim() == own.dim():
                 self._buffers[name] = torch.empty_like(saved, device=own.device)
         super()._load_from_state_dict(state_dict, prefix, *rest)
-        self._arrange()
+        if scenes is None:
+            missing.append(prefix + "scenes")
+        elif scenes.dim() != 4 or scenes.shape[1] != scenes.shape[2] or scenes.shape[3] != self._components:
+            errors.append(f"{prefix}scenes: no grids of {self._components} components, but {tuple(scenes.shape)}")
+        else:
+            self._keep(scenes.to(self.step.device))
 
 
 def _recalled(found: Tensor, similar: Tensor, kept: list[Tensor], attended: int, temperature: float) -> Tensor:

@@ -95,16 +95,16 @@ class FusedConvolution(nn.Module):
         self.packed = True
 
 
-class Whole:
+class ByOperator:
     """A part of a module that has an operator for its work, which the compiler then calls and does not look into.
 
     What the compiler makes of gathers is slower than what it replaces, and would spoil the rest of a program too.
 
     Attributes:
-        whole: Whether the operator is called.
+        by_operator: Whether the operator is called.
     """
 
-    whole = False
+    by_operator = False
 
 
 def pack(network: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -124,8 +124,8 @@ def pack(network: nn.Module, inputs: tuple[Any, ...]) -> None:
     for module, shape in shapes.items():
         module.pack(shape)
     for each in network.modules():
-        if isinstance(each, Whole):
-            each.whole = True
+        if isinstance(each, ByOperator):
+            each.by_operator = True
 
 
 def _activated(x: Tensor, activation: str) -> Tensor:

@@ -110,9 +110,38 @@ def test_it_is_loaded_with_as_many_scenes_as_were_saved():
     trained, loaded = memory(), memory()
     trained.remember(Scenes(5))
     loaded.load_state_dict(trained.state_dict())
-    assert loaded.scenes.dtype == torch.int8
+    assert (loaded.scenes.dtype, loaded.scenes.shape) == (torch.int8, (5, 16, 16, 8))
+    assert torch.equal(loaded.scenes, trained.scenes)
     features = Scenes(2, seed=4).features(0, 1)
     assert torch.equal(loaded(features).prediction, trained(features).prediction)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: state.pop("scenes"), "Missing key.*scenes"),
+        (lambda state: state.update(scenes=state["scenes"][..., :4]), "scenes: no grids of 8 components"),
+        (lambda state: state.update(scenes=state["scenes"][:, :4]), "scenes: no grids of 8 components"),
+        (lambda state: state.update(more=torch.zeros(1)), "Unexpected key.*more"),
+    ],
+)
+def test_a_state_that_does_not_fit_is_refused(change, message):
+    trained = memory()
+    trained.remember(Scenes(5))
+    state = trained.state_dict()
+    change(state)
+    with pytest.raises(RuntimeError, match=message):
+        memory().load_state_dict(state)
+
+
+@pytest.mark.parametrize("size", [6, 7, 8, 16])
+def test_scenes_are_the_blocks_without_their_margins(size):
+    trained = memory()
+    trained.remember(Scenes(3, size=size))
+    given = torch.randint(-127, 128, (3, size, size, 8), dtype=torch.int8)
+    trained.load_state_dict(trained.state_dict() | {"scenes": given})
+    assert torch.equal(trained.scenes, given)
+    assert trained.side == size
 
 
 def test_half_precision_networks_leave_it_as_it_is():
@@ -134,7 +163,7 @@ def test_the_operator_is_the_plain_function_and_describes_its_result():
     trained.remember(Scenes(5))
     features = Scenes(2, seed=4).features(0, 1)
     plain = trained(features).prediction
-    trained.whole = True
+    trained.by_operator = True
     assert torch.equal(trained(features).prediction, plain)
     kept = [trained.keys, trained.lengths, trained.means, trained.step]
     arguments = (trained(features).target, trained._most_similar(features), kept, 2, 0.01)
