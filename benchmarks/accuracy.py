@@ -4,8 +4,9 @@
         --journal accuracy.jsonl --beside benchmarks/results/memory_bank.json --json benchmarks/results/accuracy.json
 
 Each training is a line of the journal, so a run that was cut short goes on where it stopped; the document is made
-from the whole journal, and with `--onto` from that of earlier runs, whose rows stay where this journal has none. Speed
-is not measured here, since trainings run side by side: see `benchmarks.speed`.
+from the whole journal, and with `--onto` from that of earlier runs, whose rows stay where this journal has none or
+fewer seeds or sets. A line or row counts as long as its way is the same in every setting and option, defaults too.
+Speed is not measured here, since trainings run side by side: see `benchmarks.speed`.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1, help="trainings side by side, a CPU thread each")
     parser.add_argument("--journal", type=Path, required=True, help="a line of JSON for each training")
     parser.add_argument("--beside", type=Path, nargs="*", default=[], help="documents of other programs to include")
-    parser.add_argument("--onto", type=Path, help="an earlier document; rows of ways that there still are stay in it")
+    parser.add_argument("--onto", type=Path, help="an earlier document; rows of ways that are unchanged stay")
     parser.add_argument("--json", type=Path, help="where the document goes; else standard output")
     options = parser.parse_args()
     done = {_key_of(entry) for entry in _entries(options.journal)}
@@ -70,13 +71,13 @@ def main() -> None:
             )
     measured = summarise(_current(_entries(options.journal)))
     if options.onto:
-        ways = {(way.suite, way.name, teacher) for way in _all_ways() for teacher in way.teachers}
+        ways = {(way.suite, way.name, teacher): way.fingerprint for way in _all_ways() for teacher in way.teachers}
         measured = joined(json.loads(options.onto.read_text()), measured, ways)
     document = measured | {
         "command": "python -m benchmarks.accuracy --data SETS --weights FILE --journal FILE --suite NAME --workers 2",
         "machine": describe_machine(),
         "device": str(pick_device()),
-        "beside": {path.stem: json.loads(path.read_text()) for path in options.beside},
+        "beside": measured.get("beside", {}) | {path.stem: json.loads(path.read_text()) for path in options.beside},
     }
     text = json.dumps(document, indent=1) + "\n"
     if options.json:
@@ -173,7 +174,7 @@ def _run(task: tuple[Way, str, InspectionSet, int, str | None]) -> dict[str, Any
         "train_images": len(normals),
         "train_seconds": round(trained.seconds, 1),
         "parameters": sum(parameter.numel() for parameter in trained.student.parameters()),
-        "settings": settings.model_dump(mode="json", exclude={"weights", "seed", "teacher", "threads", "device"}),
+        "settings": way.described,
         "view_changes": way.views,
         "views": {view: _figures(each, maps, scores) for view, (maps, scores) in views.items()},
     }

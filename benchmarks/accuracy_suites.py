@@ -12,6 +12,8 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
+from models.cards import DetectorRecord
+from models.detectors import make_detector
 from models.settings import RECIPES, TrainingSettings
 
 TEACHERS = ("efficientnet_lite0", "resnet18")
@@ -46,9 +48,16 @@ class Way:
     sets: tuple[str, ...] | None = None
 
     @property
+    def described(self) -> dict[str, Any]:
+        """Return all that decides what is trained but teacher, weights and seed, with the detector's defaults."""
+        own = self.settings.model_dump(mode="json", exclude={"weights", "seed", "teacher", "threads", "device"})
+        record = DetectorRecord.of(make_detector(self.settings.detector, self.settings.detector_options))
+        return own | {"detector_options": record.options, "revision": record.revision}
+
+    @property
     def fingerprint(self) -> str:
-        """Return what tells this way's journal lines from those of another one under its name."""
-        text = json.dumps([self.settings.model_dump(mode="json"), self.views], sort_keys=True, default=list)
+        """Return what tells this way's journal lines and rows from those of another one under its name."""
+        text = json.dumps([self.described, self.views], sort_keys=True, default=list)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
@@ -145,7 +154,7 @@ def _recommended() -> list[Way]:
         "maximum": {"fusion.score": "max"},
         "smoothed 4": _CONTROL,
     }
-    options = {"width": 0.5, "hardest": 0.03}
+    stfpm = TrainingSettings(detector="stfpm", detector_options={"width": 0.5, "hardest": 0.03})
     wide = {"detector_options": {"width": 0.5}}
     dense = TrainingSettings.model_validate(
         {"detector": "reverse", "detector_options": _DENSE, "input_size": 128, "learning_rate": 2e-3}
@@ -157,7 +166,7 @@ def _recommended() -> list[Way]:
         Way("recommended", "accurate, width 0.5", RECIPES["accurate"].changed(wide), views, one),
         Way("recommended", "fast, width 0.5", RECIPES["fast"].changed(wide), views, one),
         Way("recommended", "reverse dense, 128", dense, {"": {}, "maximum": {"fusion.score": "max"}}, one),
-        Way("recommended", "stfpm, 128", TrainingSettings(detector="stfpm", detector_options=options), {"": {}}, one),
+        Way("recommended", "stfpm, width 0.5, 128", stfpm, {"": {}}, one),
     ]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections import defaultdict
-from collections.abc import Set
+from collections.abc import Mapping
 from typing import Any
 
 FIGURES = ("image_auroc", "average_precision", "pixel_auroc", "aupro_30", "aupro_5")
@@ -28,24 +28,34 @@ def summarise(entries: list[dict[str, Any]]) -> dict[str, Any]:
     return {"benchmark": "accuracy", "unit": "per cent, mean and spread over seeds", "rows": rows, "settings": settings}
 
 
-def joined(earlier: dict[str, Any], measured: dict[str, Any], ways: Set[tuple[str, str, str]]) -> dict[str, Any]:
-    """Return a document of both: what was measured anew replaces the earlier rows of its way and teacher.
+def joined(
+    earlier: dict[str, Any], measured: dict[str, Any], ways: Mapping[tuple[str, str, str], str]
+) -> dict[str, Any]:
+    """Return a document of both: a row that was measured anew replaces the earlier one, unless it has less.
 
     Args:
         earlier: A document.
         measured: Another one.
-        ways: (suite, way, teacher) that there still are; rows of others are left out.
+        ways: The fingerprint of each (suite, way, teacher) as it is now; earlier rows of others are left out.
     """
-    new = set(map(_place, measured["rows"]))
-    rows = [row for row in earlier["rows"] if _place(row) not in new] + measured["rows"]
-    names = {f"{suite}/{way}" for suite, way, _ in ways}
+    rows: dict[tuple[str, ...], dict[str, Any]] = {}
+    for row in (*earlier["rows"], *measured["rows"]):
+        key = (*_place(row), row["view"])
+        if ways.get(_place(row)) == row["fingerprint"] and (key not in rows or _has_all_of(row, rows[key])):
+            rows[key] = row
+    names = {f"{suite}/{way}" for suite, way, _ in map(_place, rows.values())}
     settings = {name: each for name, each in (earlier["settings"] | measured["settings"]).items() if name in names}
-    kept = sorted((row for row in rows if _place(row) in ways), key=lambda row: row["suite"])
-    return measured | {"rows": kept, "settings": settings}
+    kept = sorted(rows.values(), key=lambda row: row["suite"])
+    return measured | {"rows": kept, "settings": settings, "beside": earlier.get("beside", {})}
 
 
 def _place(row: dict[str, Any]) -> tuple[str, str, str]:
     return row["suite"], row["way"], row["teacher"]
+
+
+def _has_all_of(row: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether a row has at least the other one's sets, each with as many seeds."""
+    return all(row["sets"].get(name, {"seeds": 0})["seeds"] >= each["seeds"] for name, each in other["sets"].items())
 
 
 def _row(key: tuple[str, str, str, str], members: list[dict[str, Any]]) -> dict[str, Any]:
@@ -65,6 +75,7 @@ def _row(key: tuple[str, str, str, str], members: list[dict[str, Any]]) -> dict[
     whole = [of_seed for of_seed in by_seed if len(of_seed) == len(sets)]
     row["mean"] = {"seeds": len(whole), **_spread([_mean_of(of_seed) for of_seed in whole])} if whole else None
     row["parameters"] = members[0]["parameters"]
+    row["fingerprint"] = members[0]["fingerprint"]
     return row
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import tempfile
 from pathlib import Path
@@ -70,7 +71,7 @@ def _measure(each: InspectionSet, options: argparse.Namespace) -> dict[str, Any]
         settings = Settings(random=True)
         normals, _ = read_training_images(each.train, settings.size)
         bank = PatchCore(weights.teacher("resnet18"), normals, settings, 0)
-        tested, _ = read_training_images([image.path for image in each.test[: _BATCHES[-1]]], settings.size)
+        tested = _tested(each, settings.size)
         banks = {str(batch): frames_per_s(bank.judge, tested[:batch]) for batch in _BATCHES}
         after = {name: _fps(*recipe) for name, recipe in served.items()}
     recipes = {}
@@ -97,13 +98,19 @@ def _serve(
     """Return an engine that serves a recipe with a memory of all normal images, and frames to time it with."""
     settings: TrainingSettings = RECIPES[name].model_copy(update={"steps": 1, "threads": options.threads})
     normals, _ = read_training_images(each.train, settings.input_size)
-    tested, _ = read_training_images([image.path for image in each.test[: _BATCHES[-1]]], settings.input_size)
+    tested = _tested(each, settings.input_size)
     registry = Registry(folder)
     student = train(normals, settings, teacher=weights.teacher(settings.teacher))
     print(f"{each.name}: compiling {name}", flush=True)
     engine = make_engine(registry, weights, Budget(_BATCHES[-1], options.threads))
     resident = stack.enter_context(serving(engine, registry, student, 1))[0]
     return engine, [Request(resident, image) for image in tested]
+
+
+def _tested(each: InspectionSet, size: int) -> np.ndarray:
+    """Return as many test images as the largest batch has, those of a small set more than once."""
+    images = itertools.islice(itertools.cycle(each.test), _BATCHES[-1])
+    return read_training_images([image.path for image in images], size)[0]
 
 
 def _fps(engine: Engine, requests: list[Request]) -> dict[str, float]:
