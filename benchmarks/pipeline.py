@@ -45,11 +45,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--frames", type=int, default=2000, help="frames of each measurement")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of the engine; 1 is a replica's default")
+    parser.add_argument("--gpu-decode", action="store_true", help="the GPU decodes JPEGs, where there is one")
     parser.add_argument("--quick", action="store_true", help="whether it works, in seconds; no figure to quote")
     parser.add_argument("--json", type=Path, help="where the document goes, beside standard output")
     parser.add_argument("--plot", type=Path, help="picture to draw")
     options = parser.parse_args()
-    document = measure(options.frames, options.threads, options.quick, say)
+    document = measure(options.frames, options.threads, options.quick, say, options.gpu_decode)
     if options.plot:
         from benchmarks.plots import plot_pipeline
 
@@ -57,7 +58,7 @@ def main() -> None:
     write(document, options.json)
 
 
-def measure(frames: int, threads: int, quick: bool, say: Say) -> dict[str, Any]:
+def measure(frames: int, threads: int, quick: bool, say: Say, gpu_decode: bool = False) -> dict[str, Any]:
     """Measure every input; return the document, the first input's figures at its top.
 
     Args:
@@ -65,9 +66,10 @@ def measure(frames: int, threads: int, quick: bool, say: Say) -> dict[str, Any]:
         threads: of the engine, on a CPU.
         quick: few frames and one round.
         say: told each step.
+        gpu_decode: whether the GPU decodes JPEGs, where there is one.
     """
     frames, rounds = (16, 1) if quick else (frames, _ROUNDS)
-    settings = WorkerSettings()
+    settings = WorkerSettings(gpu_decode=gpu_decode)
     with tempfile.TemporaryDirectory() as path, EmbeddedServer.start(Path(path) / "redis") as valkey:
         folder = Path(path)
         say(f"{DEFAULT.detector}, {DEFAULT.teacher}, {DEFAULT.size}²: into service")
@@ -86,6 +88,7 @@ def measure(frames: int, threads: int, quick: bool, say: Say) -> dict[str, Any]:
         "dtype": str(engine.dtype).removeprefix("torch."),
         "threads": threads,
         "decode_threads": settings.decode_threads,
+        "gpu_decode": settings.gpu_decode,
         "batch": settings.max_batch,
         "frames": frames,
         "rounds": rounds,
@@ -139,7 +142,7 @@ def _stages(line: Line, cameras: Cameras, given: Input, frames: int) -> dict[str
     return {
         "publish": publish_fps,
         "read": read_fps,
-        "decode": decoding(given.pictures(), frames, DEFAULT.size, line.settings.decode_threads),
+        "decode": decoding(line, given.pictures(), frames, DEFAULT.size),
         "engine": engine_alone(line.engine, textures(PICTURES, DEFAULT.size), line.settings.max_batch, frames),
         "record": record_fps,
     }

@@ -3,16 +3,17 @@
 import dataclasses
 import itertools
 import time
+from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 
 import numpy as np
 
 from benchmarks.cameras import Cameras, Order
 from benchmarks.line import PRODUCT, Line
-from models.preprocess import fit_to_input
 from producers.frame import Frame, Picture
 from workers import evidence
+from workers.decoding import Decoded, make_decoders
 from workers.engine import Engine, Request
 from workers.redis_stream import RedisStream
 from workers.results import Row, SegmentWriter, captured_at
@@ -27,14 +28,20 @@ def publishing(cameras: Cameras, frames: int) -> float:
     return frames / cameras.publish(Order(PRODUCT, frames, max_in_flight=frames + 1))
 
 
-def decoding(pictures: Sequence[Picture], frames: int, size: int, threads: int) -> float:
-    """Decode pictures and fit them to the network's input, `size` pixels."""
-    given = itertools.islice(itertools.cycle(pictures), frames)
-    with ThreadPoolExecutor(threads) as pool:
-        started = time.perf_counter()
-        for _ in pool.map(lambda picture: fit_to_input(picture.decode(), size), given):
-            pass
-        return frames / (time.perf_counter() - started)
+def decoding(line: Line, pictures: Sequence[Picture], frames: int, size: int) -> float:
+    """Decode pictures and fit them to the network's input, `size` pixels, two batches at a time as the loop does."""
+    decoders = make_decoders(line.settings, line.engine.device)
+    waiting: deque[Future[Decoded]] = deque()
+    started = time.perf_counter()
+    for picture in itertools.islice(itertools.cycle(pictures), frames):
+        waiting.append(decoders.submit(picture, size))
+        if len(waiting) == 2 * line.settings.max_batch:
+            waiting.popleft().result()
+    while waiting:
+        waiting.popleft().result()
+    seconds = time.perf_counter() - started
+    decoders.shutdown()
+    return frames / seconds
 
 
 def engine_alone(engine: Engine, images: Sequence[np.ndarray], batch: int, frames: int) -> float:

@@ -1,4 +1,6 @@
-"""JPEGs in one call: a picture that cannot be read takes none of its neighbours down."""
+"""JPEGs in one call: a picture that cannot be read takes none of its neighbours down, and none is left waiting."""
+
+import threading
 
 import numpy as np
 import pytest
@@ -6,52 +8,102 @@ import torch
 from conftest import texture
 
 from producers.errors import UnreadableImage
-from producers.frame import Picture
-from workers.gpu_decoding import decode_pictures
+from producers.frame import MAX_PIXELS, Picture
+from workers.decoding import CpuDecoders, make_decoders
+from workers.gpu_decoding import GpuDecoders, nvjpeg
+from workers.graphs import capturing
+from workers.settings import WorkerSettings
 
 CPU = torch.device("cpu")
 
 
 class Decoder:
-    """Decodes as the GPU would, as strictly: all or nothing."""
+    """Decodes as the GPU would, as strictly: all or nothing. It waits where it is told to."""
 
-    def __init__(self, refused: bytes = b"") -> None:
+    def __init__(self, refused: bytes = b"", error: type[Exception] = RuntimeError) -> None:
         self.calls: list[int] = []
-        self._refused = refused
+        self.go = threading.Event()
+        self.go.set()
+        self._refused, self._error = refused, error
 
     def __call__(self, encoded):
+        self.go.wait()
         self.calls.append(len(encoded))
         data = [each.numpy().tobytes() for each in encoded]
-        if self._refused and self._refused in data:
-            raise RuntimeError("nvjpegDecode failed: 4")
+        if self._refused in data:
+            raise self._error("nvjpegDecode failed: 4")
         return [
             torch.from_numpy(Picture("jpeg", Picture.encode(texture(0)).shape, each).decode()).permute(2, 0, 1)
             for each in data
         ]
 
 
+@pytest.fixture
+def make():
+    """Make decoders around a decoder that plays the GPU's."""
+    made = []
+
+    def one(decoder, max_batch=8, max_pixels=MAX_PIXELS):
+        made.append(GpuDecoders(CpuDecoders(1, max_pixels), CPU, max_batch, max_pixels, decoder))
+        return made[-1]
+
+    yield one
+    for each in made:
+        each.shutdown()
+
+
 def pictures(count: int) -> list[Picture]:
     return [Picture.encode(texture(seed)) for seed in range(count)]
 
 
-def assert_decoded(picture, image):
-    assert (image.shape, image.dtype) == ((48, 64, 3), torch.uint8)
-    assert np.array_equal(image.numpy(), picture.decode())
+def submit_all(decoders, decoder, batch, size=None):
+    """Submit while the decoder is held, so that all but the first wait together."""
+    decoder.go.clear()
+    futures = [decoders.submit(picture, size) for picture in batch]
+    decoder.go.set()
+    return futures
 
 
-def test_sound_jpegs_are_one_call():
-    batch, decoder = pictures(5), Decoder()
-    for picture, image in zip(batch, decode_pictures(batch, CPU, decoder=decoder), strict=True):
-        assert_decoded(picture, image)
-    assert decoder.calls == [5]
+def assert_on_device(future, picture):
+    image = future.result(10).image
+    assert (type(image), image.dtype) == (torch.Tensor, torch.uint8)
+    np.testing.assert_array_equal(image.numpy(), picture.decode())
 
 
-def test_what_the_gpu_refuses_goes_to_the_cpu_alone():
+def assert_on_host(future, picture, size=None):
+    decoded = future.result(10)
+    np.testing.assert_array_equal(decoded.image, picture.decode())
+    assert isinstance(decoded.image, np.ndarray)
+    assert (None if decoded.fitted is None else len(decoded.fitted)) == size
+
+
+def test_what_waits_is_decoded_in_one_call(make):
+    batch, decoder = pictures(10), Decoder()
+    for future, picture in zip(submit_all(make(decoder), decoder, batch), batch, strict=True):
+        assert_on_device(future, picture)
+    assert sum(decoder.calls) == 10
+    assert max(decoder.calls) == 8
+
+
+@pytest.mark.parametrize("error", [RuntimeError, torch.OutOfMemoryError])
+def test_what_the_gpu_refuses_is_decoded_on_the_cpu_and_its_neighbours_are_not(make, error):
     batch = pictures(4)
-    decoder = Decoder(refused=batch[2].data)
-    for picture, image in zip(batch, decode_pictures(batch, CPU, decoder=decoder), strict=True):
-        assert_decoded(picture, image)
-    assert decoder.calls == [4, 1, 1, 1, 1]
+    decoder = Decoder(refused=batch[2].data, error=error)
+    futures = submit_all(make(decoder), decoder, batch, size=32)
+    assert_on_host(futures[2], batch[2], size=32)
+    for number in (0, 1, 3):
+        if error is RuntimeError:
+            assert_on_device(futures[number], batch[number])
+        assert np.array_equal(np.asarray(futures[number].result(10).image), batch[number].decode())
+
+
+def test_while_graphs_are_captured_the_cpu_decodes(make):
+    (picture,), decoder = pictures(1), Decoder()
+    decoders = make(decoder)
+    with capturing:
+        assert_on_host(decoders.submit(picture, None), picture)
+    assert decoder.calls == []
+    assert_on_device(decoders.submit(picture, None), picture)
 
 
 @pytest.mark.parametrize(
@@ -65,37 +117,58 @@ def test_what_the_gpu_refuses_goes_to_the_cpu_alone():
     ],
     ids=["cut off", "another shape", "empty", "noise", "codec"],
 )
-def test_an_unreadable_picture_says_why_and_touches_no_neighbour(spoil):
+def test_an_unreadable_picture_says_why_and_the_gpu_never_sees_it(make, spoil):
     batch, decoder = pictures(3), Decoder()
     batch[1] = spoil(batch[1])
-    first, bad, last = decode_pictures(batch, CPU, decoder=decoder)
-    assert isinstance(bad, UnreadableImage)
-    assert_decoded(batch[0], first)
-    assert_decoded(batch[2], last)
-    assert decoder.calls == [2]
+    first, bad, last = submit_all(make(decoder), decoder, batch)
+    with pytest.raises(UnreadableImage):
+        bad.result(10)
+    assert_on_device(first, batch[0])
+    assert_on_device(last, batch[2])
+    assert sum(decoder.calls) == 2
 
 
-def test_other_codecs_are_decoded_too():
-    batch = [Picture.encode(texture(seed), codec) for seed, codec in enumerate(("png", "raw"))]
-    for picture, image in zip(batch, decode_pictures(batch, CPU, decoder=Decoder()), strict=True):
-        assert_decoded(picture, image)
+def test_other_codecs_are_decoded_on_the_cpu(make):
+    decoder = Decoder()
+    decoders = make(decoder)
+    for seed, codec in enumerate(("png", "raw")):
+        picture = Picture.encode(texture(seed), codec)
+        assert_on_host(decoders.submit(picture, 32), picture, size=32)
+    assert decoder.calls == []
 
 
-def test_too_many_pixels_are_refused():
-    (refused,) = decode_pictures(pictures(1), CPU, max_pixels=100, decoder=Decoder())
-    assert isinstance(refused, UnreadableImage)
-    assert decode_pictures([], CPU, decoder=Decoder()) == []
+def test_too_many_pixels_are_refused(make):
+    with pytest.raises(UnreadableImage):
+        make(Decoder(), max_pixels=100).submit(pictures(1)[0], None).result(10)
+
+
+def test_an_image_of_another_size_than_declared_is_not_the_pictures(make):
+    (picture,) = pictures(1)
+    assert_on_host(make(lambda encoded: [torch.zeros(3, 4, 4).byte()]).submit(picture, None), picture)
+
+
+def test_what_was_submitted_is_done_at_the_end(make):
+    batch, decoder = pictures(5), Decoder()
+    decoders = GpuDecoders(CpuDecoders(1, MAX_PIXELS), CPU, 2, MAX_PIXELS, decoder)
+    futures = submit_all(decoders, decoder, batch)
+    decoders.shutdown()
+    assert all(future.done() for future in futures)
+
+
+def test_a_host_without_a_gpu_decodes_on_the_cpu():
+    decoders = make_decoders(WorkerSettings(gpu_decode=True), CPU)
+    assert isinstance(decoders, CpuDecoders)
+    (picture,) = pictures(1)
+    assert_on_host(decoders.submit(picture, 32), picture, size=32)
+    decoders.shutdown()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: nvJPEG")
 @pytest.mark.filterwarnings("ignore")
 def test_the_gpu_reads_what_the_cpu_reads():
-    batch = pictures(4)
-    batch[1] = Picture("jpeg", batch[1].shape, batch[1].data[:200])
-    device = torch.device("cuda")
-    for picture, image in zip(batch, decode_pictures(batch, device), strict=True):
-        if picture is batch[1]:
-            assert isinstance(image, UnreadableImage)
-        else:
-            # two decoders may round a pixel's colours differently
-            assert np.abs(image.cpu().numpy().astype(int) - picture.decode()).max() <= 4
+    batch, device = pictures(4), torch.device("cuda")
+    decoders = GpuDecoders(CpuDecoders(1, MAX_PIXELS), device, 8, MAX_PIXELS, nvjpeg(device))
+    for picture, future in [(picture, decoders.submit(picture, None)) for picture in batch]:
+        # two decoders may round a pixel's colours differently
+        assert np.abs(future.result(60).image.cpu().numpy().astype(int) - picture.decode()).max() <= 4
+    decoders.shutdown()

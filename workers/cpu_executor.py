@@ -197,7 +197,7 @@ def _judge(requests: Sequence[Request], maps: np.ndarray, scores: np.ndarray) ->
     """Judge what is computed together, into `maps` and `scores`."""
     first = requests[0].resident
     assert isinstance(first, CpuResident)
-    images = np.stack([fit_to_input(request.image, first.card.input_size) for request in requests])
+    images = np.stack([fit_to_input(np.asarray(request.image), first.card.input_size) for request in requests])
     taught = first.teaching(first.packed_teacher, first.teacher_state, (torch.from_numpy(images),))
     start = 0
     while start < len(requests):

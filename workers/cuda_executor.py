@@ -88,7 +88,7 @@ class CudaExecutor(Executor):
     # --- batches
 
     def run(self, requests: Sequence[Request]) -> tuple[np.ndarray, np.ndarray]:
-        """See `Executor.run`; an image may also be a (H, W, 3) uint8 tensor on the device, complete for any stream.
+        """See `Executor.run`.
 
         There is one frame at least. Frames beyond the largest batch, or of more versions than there are slots, are
         computed in parts that overlap.
@@ -163,7 +163,7 @@ class CudaExecutor(Executor):
 
     def _bring_frames(self, lane: Lane, stage: Stage, requests: Sequence[Request]) -> None:
         """Fit images to the input, those on the host there and those on the device there."""
-        images: list[np.ndarray | Tensor] = [request.image for request in requests]
+        images = [request.image for request in requests]
         frames = stage.frames.numpy()
         for row, image in enumerate(images):
             if isinstance(image, np.ndarray):

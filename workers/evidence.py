@@ -4,6 +4,7 @@ import zlib
 
 import cv2
 import numpy as np
+from torch import Tensor
 
 from producers.errors import FrameError
 from producers.frame import Frame, Picture
@@ -39,7 +40,7 @@ def dequantised(map_u8: bytes, low: float, high: float) -> np.ndarray:
     return levels * ((high - low) / 255.0) + low
 
 
-def image_jpeg(picture: Picture, image: np.ndarray) -> bytes | None:
+def image_jpeg(picture: Picture, image: np.ndarray | Tensor) -> bytes | None:
     """The image (H, W, 3) uint8 RGB as JPEG: its own bytes where it came as JPEG, so nothing is coded twice.
 
     None for an image that no JPEG can hold: line cameras take pictures of more than 65,500 lines.
@@ -47,6 +48,6 @@ def image_jpeg(picture: Picture, image: np.ndarray) -> bytes | None:
     if picture.codec == "jpeg" and picture.data.startswith(b"\xff\xd8"):
         return picture.data
     try:
-        return Picture.encode(image, "jpeg").data
+        return Picture.encode(image if isinstance(image, np.ndarray) else image.cpu().numpy(), "jpeg").data
     except FrameError:
         return None

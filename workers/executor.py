@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from models.cards import ModelCard
 from models.detector import Detector, Student
@@ -50,10 +51,15 @@ class Resident:
 
 @dataclass(frozen=True)
 class Request:
-    """A frame for the engine: (H, W, 3) uint8 RGB of any size, and the resident that shall judge it."""
+    """A frame for the engine, and the resident that shall judge it.
+
+    Attributes:
+        resident: of the frame's product.
+        image: (H, W, 3) uint8 RGB of any size; it may lie on the engine's device, complete for every stream.
+    """
 
     resident: Resident
-    image: np.ndarray
+    image: np.ndarray | Tensor
 
 
 class Executor(ABC):

@@ -8,16 +8,15 @@ import logging
 import math
 import threading
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
-
-import numpy as np
 
 from models.calibration import is_fail
 from producers.errors import MalformedEntry, UnreadableImage
 from producers.frame import Frame
 from workers import evidence
 from workers.batching import Batcher
+from workers.decoding import Decoded, make_decoders
 from workers.engine import Engine, Judgement, Request, Resident
 from workers.errors import DeviceFault, NoModel, ResultsUnavailable, StreamUnavailable
 from workers.evidence import FAIL, PASS, UNKNOWN
@@ -39,7 +38,7 @@ class _Taken:
 
     entry: Entry
     frame: Frame
-    image: "Future[np.ndarray]"
+    image: "Future[Decoded]"
     taken_at_ns: int
 
 
@@ -77,7 +76,7 @@ class InspectionLoop:
         self._stream, self._engine, self._residency = stream, engine, residency
         self._results, self._settings, self._replica = results, settings, replica
         self._batcher: Batcher[_Taken] = Batcher(settings.max_batch, settings.batch_wait_ms / 1e3)
-        self._decoders = ThreadPoolExecutor(settings.decode_threads, "decode")
+        self._decoders = make_decoders(settings, engine.device)
         self._rows: list[Row] = []
         self._row_entries: list[tuple[Entry, Settlement]] = []
         self._durable: list[tuple[Entry, Settlement]] = []
@@ -177,7 +176,8 @@ class InspectionLoop:
             except MalformedEntry as error:
                 malformed.append((entry, str(error)))
                 continue
-            image = self._decoders.submit(frame.picture.decode, int(self._settings.max_megapixels * 1e6))
+            resident = self._engine.resident(frame.product)
+            image = self._decoders.submit(frame.picture, resident.card.input_size if resident else None)
             self._batcher.add(_Taken(entry, frame, image, time.time_ns()), time.monotonic(), self._close_by_s(frame))
         for entry, reason in malformed:
             logger.warning("dead-lettered an entry of %s: %s", entry.product, reason)
@@ -248,7 +248,8 @@ class InspectionLoop:
                 reasons[index] = str(resident)
                 continue
             try:
-                requests[index] = Request(resident, taken.image.result())
+                image = taken.image.result().for_input(resident.card.input_size)
+                requests[index] = Request(resident, image)
             except UnreadableImage as error:
                 reasons[index] = str(error)
         judgements = self._engine_outcomes(requests, reasons)
@@ -300,7 +301,7 @@ class InspectionLoop:
             if judgement and known:
                 map_u8, low, high = evidence.quantised(judgement.anomaly_map)
             if taken.image.exception() is None:
-                jpeg = evidence.image_jpeg(frame.picture, taken.image.result())
+                jpeg = evidence.image_jpeg(frame.picture, taken.image.result().image)
         return Row(
             frame_id=frame.frame_id,
             product=frame.product,

@@ -23,6 +23,7 @@ class WorkerSettings(BaseModel):
     gpu_memory_mb: int = Field(default=4096, ge=64, description="of a GPU, for students of products")
     batch_wait_ms: float = Field(default=4.0, ge=0, description="longest wait of a frame for company")
     decode_threads: int = Field(default=2, ge=1)
+    gpu_decode: bool = Field(default=False, description="the GPU decodes JPEGs, where the engine is on one")
     max_megapixels: float = Field(default=64.0, gt=0, le=178, description="178 is the decoder's own limit")
     max_deliveries: int = Field(default=3, ge=1, description="an entry delivered more often is dead-lettered")
     claim_idle_ms: int = Field(default=10_000, ge=100, description="an entry idle for longer is taken over")

@@ -1,0 +1,40 @@
+"""Images on their way to the engine, decoded and fitted beside it."""
+
+import numpy as np
+import pytest
+from conftest import texture
+
+from models.preprocess import fit_to_input
+from producers.errors import UnreadableImage
+from producers.frame import MAX_PIXELS, Picture
+from workers.decoding import CpuDecoders
+
+
+@pytest.fixture
+def decoders():
+    made = CpuDecoders(2, MAX_PIXELS)
+    yield made
+    made.shutdown()
+
+
+def test_an_image_is_fitted_to_the_input_that_it_is_expected_at(decoders):
+    picture = Picture.encode(texture(3))
+    decoded = decoders.submit(picture, 32).result()
+    np.testing.assert_array_equal(decoded.image, picture.decode())
+    np.testing.assert_array_equal(decoded.for_input(32), fit_to_input(picture.decode(), 32))
+
+
+@pytest.mark.parametrize("size", [None, 32])
+def test_for_another_input_the_engine_gets_the_whole_image(decoders, size):
+    picture = Picture.encode(texture(3))
+    np.testing.assert_array_equal(decoders.submit(picture, size).result().for_input(40), picture.decode())
+
+
+def test_an_unreadable_image_fails_alone(decoders):
+    bad, good = (
+        decoders.submit(Picture("jpeg", (4, 4, 3), b"none"), 32),
+        decoders.submit(Picture.encode(texture(1)), 32),
+    )
+    with pytest.raises(UnreadableImage):
+        bad.result()
+    assert good.result().for_input(32).shape == (32, 32, 3)
