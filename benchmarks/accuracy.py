@@ -54,6 +54,7 @@ def main() -> None:
     parser.add_argument("--onto", type=Path, help="an earlier document; rows of ways that are unchanged stay")
     parser.add_argument("--json", type=Path, help="where the document goes; else standard output")
     options = parser.parse_args()
+    earlier = json.loads(options.onto.read_text()) if options.onto else None
     done = {_key_of(entry) for entry in _entries(options.journal)}
     tasks = [task for task in _tasks(options) if _key(task) not in done]
     started = time.perf_counter()
@@ -70,9 +71,9 @@ def main() -> None:
                 flush=True,
             )
     measured = summarise(_current(_entries(options.journal)))
-    if options.onto:
+    if earlier is not None:
         ways = {(way.suite, way.name, teacher): way.fingerprint for way in _all_ways() for teacher in way.teachers}
-        measured = joined(json.loads(options.onto.read_text()), measured, ways)
+        measured = joined(earlier, measured, ways)
     document = measured | {
         "command": "python -m benchmarks.accuracy --data SETS --weights FILE --journal FILE --suite NAME --workers 2",
         "machine": describe_machine(),

@@ -41,7 +41,7 @@ def joined(
     rows: dict[tuple[str, ...], dict[str, Any]] = {}
     for row in (*earlier["rows"], *measured["rows"]):
         key = (*_place(row), row["view"])
-        if ways.get(_place(row)) == row["fingerprint"] and (key not in rows or _has_all_of(row, rows[key])):
+        if ways.get(_place(row)) == row.get("fingerprint") and (key not in rows or _has_all_of(row, rows[key])):
             rows[key] = row
     names = {f"{suite}/{way}" for suite, way, _ in map(_place, rows.values())}
     settings = {name: each for name, each in (earlier["settings"] | measured["settings"]).items() if name in names}

@@ -93,8 +93,8 @@ class Detector(BaseModel, ABC):
     """A teacher-student method. Its fields are its options, so a version records it as a name and a dict.
 
     Attributes:
-        revision: Counts up when the same options and weights come to compute something else: a version of an earlier
-            revision is refused, since its threshold would not hold.
+        revision: Counts up when the same options and weights come to compute something else, in parts that methods
+            share or in a host too: a version of another revision is refused, since its threshold would not hold.
         fusion: How its maps become an anomaly map and a score.
     """
 

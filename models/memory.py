@@ -170,6 +170,8 @@ class SceneMemory(Statistics, ByOperator):
             missing.append(prefix + "scenes")
         elif scenes.dim() != 4 or scenes.shape[1] != scenes.shape[2] or scenes.shape[3] != self._components:
             errors.append(f"{prefix}scenes: no grids of {self._components} components, but {tuple(scenes.shape)}")
+        elif scenes.dtype != torch.int8 or not 0 < len(scenes) == len(self.codes):
+            errors.append(f"{prefix}scenes: {len(scenes)} of {scenes.dtype} do not fit {len(self.codes)} codes")
         else:
             self._keep(scenes.to(self.step.device))
 

@@ -27,6 +27,7 @@ class Reverse(FeatureMatching):
     """
 
     name: ClassVar[str] = "reverse"
+    revision: ClassVar[int] = 2
     width: float = Field(default=1.0, gt=0, le=2)
     bottleneck: Literal["convolutional", "dense"] = "convolutional"
     embedding: int = Field(default=512, ge=8, le=4096)

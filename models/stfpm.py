@@ -24,6 +24,7 @@ class STFPM(FeatureMatching):
     """
 
     name: ClassVar[str] = "stfpm"
+    revision: ClassVar[int] = 2
     width: float = Field(default=1.0, gt=0, le=2)
 
     def build_student(self, teacher: Teacher) -> Student:

@@ -54,6 +54,23 @@ def draft_card(
     )
 
 
+def check_revision(card: ModelCard) -> None:
+    """Refuse a version that this program would judge otherwise than the one that set its threshold.
+
+    Raises:
+        VersionError: It is of another revision of its method.
+    """
+    record = card.detector
+    own = DETECTORS[record.name].revision if record.name in DETECTORS else record.revision
+    if record.revision == own:
+        return
+    remedy = "train the product again" if record.revision < own else "a newer program made it: upgrade this one"
+    raise VersionError(
+        f"version {card.product}/{card.version} is of revision {record.revision} of the detector {record.name}, this "
+        f"program has revision {own} and its threshold would not hold; {remedy}"
+    )
+
+
 def restore(card: ModelCard, state: Mapping[str, Tensor], teacher: Teacher) -> tuple[Detector, Student]:
     """Rebuild a published version's detector and student, float32 on the CPU, in evaluation mode.
 
@@ -63,13 +80,8 @@ def restore(card: ModelCard, state: Mapping[str, Tensor], teacher: Teacher) -> t
         ModelError: This program does not know the recorded detector.
     """
     card.check_teacher(teacher.weights_sha256)
+    check_revision(card)
     record = card.detector
-    if record.name in DETECTORS and record.revision != DETECTORS[record.name].revision:
-        raise VersionError(
-            f"version {card.product}/{card.version} is of revision {record.revision} of the detector {record.name}, "
-            f"this program has revision {DETECTORS[record.name].revision}: its threshold would not hold; train the "
-            "product again"
-        )
     detector = make_detector(record.name, record.options)
     student = detector.build_student(teacher)
     try:

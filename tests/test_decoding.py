@@ -1,5 +1,6 @@
 """Images on their way to the engine, decoded and fitted beside it."""
 
+import cv2
 import numpy as np
 import pytest
 from conftest import texture
@@ -7,6 +8,7 @@ from conftest import texture
 from models.preprocess import fit_to_input
 from producers.errors import UnreadableImage
 from producers.frame import MAX_PIXELS, Picture
+from workers import decoding
 from workers.decoding import CpuDecoders
 
 
@@ -28,6 +30,15 @@ def test_an_image_is_fitted_to_the_input_that_it_is_expected_at(decoders):
 def test_for_another_input_the_engine_gets_the_whole_image(decoders, size):
     picture = Picture.encode(texture(3))
     np.testing.assert_array_equal(decoders.submit(picture, size).result().for_input(40), picture.decode())
+
+
+def test_what_cannot_be_fitted_is_left_to_the_engine(decoders, monkeypatch):
+    def fail(*_):
+        raise cv2.error("no memory")
+
+    monkeypatch.setattr(decoding, "fit_to_input", fail)
+    picture = Picture.encode(texture(3))
+    np.testing.assert_array_equal(decoders.submit(picture, 32).result().for_input(32), picture.decode())
 
 
 def test_an_unreadable_image_fails_alone(decoders):

@@ -9,6 +9,7 @@ from conftest import texture
 
 from producers.errors import UnreadableImage
 from producers.frame import MAX_PIXELS, Picture
+from workers import gpu_decoding
 from workers.decoding import CpuDecoders, make_decoders
 from workers.gpu_decoding import GpuDecoders, nvjpeg
 from workers.graphs import capturing
@@ -22,11 +23,12 @@ class Decoder:
 
     def __init__(self, refused: bytes = b"", error: type[Exception] = RuntimeError) -> None:
         self.calls: list[int] = []
-        self.go = threading.Event()
+        self.entered, self.go = threading.Event(), threading.Event()
         self.go.set()
         self._refused, self._error = refused, error
 
     def __call__(self, encoded):
+        self.entered.set()
         self.go.wait()
         self.calls.append(len(encoded))
         data = [each.numpy().tobytes() for each in encoded]
@@ -57,9 +59,11 @@ def pictures(count: int) -> list[Picture]:
 
 
 def submit_all(decoders, decoder, batch, size=None):
-    """Submit while the decoder is held, so that all but the first wait together."""
+    """Submit while the decoder is held with the first, so that all others wait together."""
     decoder.go.clear()
-    futures = [decoders.submit(picture, size) for picture in batch]
+    futures = [decoders.submit(batch[0], size)]
+    assert decoder.entered.wait(10)
+    futures += [decoders.submit(picture, size) for picture in batch[1:]]
     decoder.go.set()
     return futures
 
@@ -81,20 +85,35 @@ def test_what_waits_is_decoded_in_one_call(make):
     batch, decoder = pictures(10), Decoder()
     for future, picture in zip(submit_all(make(decoder), decoder, batch), batch, strict=True):
         assert_on_device(future, picture)
-    assert sum(decoder.calls) == 10
-    assert max(decoder.calls) == 8
+    assert decoder.calls == [1, 8, 1]
 
 
-@pytest.mark.parametrize("error", [RuntimeError, torch.OutOfMemoryError])
-def test_what_the_gpu_refuses_is_decoded_on_the_cpu_and_its_neighbours_are_not(make, error):
+def test_what_the_gpu_refuses_is_decoded_on_the_cpu_and_its_neighbours_are_not(make):
     batch = pictures(4)
-    decoder = Decoder(refused=batch[2].data, error=error)
+    decoder = Decoder(refused=batch[2].data)
     futures = submit_all(make(decoder), decoder, batch, size=32)
     assert_on_host(futures[2], batch[2], size=32)
     for number in (0, 1, 3):
-        if error is RuntimeError:
-            assert_on_device(futures[number], batch[number])
-        assert np.array_equal(np.asarray(futures[number].result(10).image), batch[number].decode())
+        assert_on_device(futures[number], batch[number])
+
+
+def test_what_has_no_room_on_the_gpu_is_decoded_on_the_cpu(make):
+    batch = pictures(4)
+    decoder = Decoder(refused=batch[2].data, error=torch.OutOfMemoryError)
+    futures = submit_all(make(decoder), decoder, batch, size=32)
+    assert_on_device(futures[0], batch[0])
+    for future, picture in zip(futures[1:], batch[1:], strict=True):
+        assert_on_host(future, picture, size=32)
+
+
+def test_an_error_of_the_decoders_own_reaches_the_frame_and_the_next_one_is_decoded(make, monkeypatch):
+    decoder = Decoder()
+    decoders, (picture,) = make(decoder), pictures(1)
+    with monkeypatch.context() as patch:
+        patch.setattr(gpu_decoding, "is_sound_jpeg", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            decoders.submit(picture, None).result(10)
+    assert_on_device(decoders.submit(picture, None), picture)
 
 
 def test_while_graphs_are_captured_the_cpu_decodes(make):

@@ -122,6 +122,8 @@ def test_it_is_loaded_with_as_many_scenes_as_were_saved():
         (lambda state: state.pop("scenes"), "Missing key.*scenes"),
         (lambda state: state.update(scenes=state["scenes"][..., :4]), "scenes: no grids of 8 components"),
         (lambda state: state.update(scenes=state["scenes"][:, :4]), "scenes: no grids of 8 components"),
+        (lambda state: state.update(scenes=state["scenes"][:2]), "scenes: 2 of torch.int8 do not fit 5 codes"),
+        (lambda state: state.update(scenes=state["scenes"].float()), "scenes: 5 of torch.float32 do not fit"),
         (lambda state: state.update(more=torch.zeros(1)), "Unexpected key.*more"),
     ],
 )

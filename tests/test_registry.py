@@ -237,7 +237,7 @@ def test_model_json_is_plain_json(registry):
     card = registry.publish(draft(), STATE)
     document = json.loads(folder(registry, card).joinpath("model.json").read_text())
     assert document["version"] == card.version
-    assert document["detector"] == {"name": "stfpm", "options": {"width": 0.25, "hardest": 0.1}}
+    assert document["detector"] == {"name": "stfpm", "options": {"width": 0.25, "hardest": 0.1}, "revision": 1}
     assert document["created_at"].endswith("Z")
 
 

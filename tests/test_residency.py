@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from models.detectors import DETECTORS
 from models.errors import VersionError
 from models.registry import Registry
 from workers import residency as residency_module
@@ -69,6 +70,14 @@ def test_only_a_version_that_is_there_is_promoted(pointers, versions, version):
     pointers.promote("bolt", versions.bolt.version)
     with pytest.raises(VersionError, match=r"^[^\n]+$"):
         pointers.promote("bolt", version)
+    assert pointers.of("bolt") == {CURRENT: versions.bolt.version}
+
+
+def test_a_version_that_this_program_would_judge_otherwise_is_not_promoted(pointers, versions, monkeypatch):
+    pointers.promote("bolt", versions.bolt.version)
+    monkeypatch.setattr(DETECTORS[versions.bolt.detector.name], "revision", 99)
+    with pytest.raises(VersionError, match="has revision 99 and its threshold would not hold; train the product again"):
+        pointers.promote("bolt", versions.bolt_new.version)
     assert pointers.of("bolt") == {CURRENT: versions.bolt.version}
 
 

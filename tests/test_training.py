@@ -194,9 +194,10 @@ def test_version_round_trip_judges_alike(trained, labelled, tmp_path):
     other = loaded.model_copy(update={"teacher": loaded.teacher.model_copy(update={"weights_sha256": "0" * 64})})
     with pytest.raises(VersionError, match="other weights"):
         restore(other, state, teacher)
-    old = loaded.detector.model_copy(update={"revision": 0, "options": {"gone": 1}})
-    with pytest.raises(VersionError, match=f"{card.version} is of revision 0 of .* train the product again"):
-        restore(loaded.model_copy(update={"detector": old}), state, teacher)
+    for revision, remedy in ((0, "train the product again"), (99, "upgrade")):
+        record = loaded.detector.model_copy(update={"revision": revision, "options": {"unknown": 1}})
+        with pytest.raises(VersionError, match=f"{card.version} is of revision {revision} of .* {remedy}"):
+            restore(loaded.model_copy(update={"detector": record}), state, teacher)
     state.pop(next(name for name in state if name.endswith("conv1.weight")))
     with pytest.raises(VersionError, match="does not fit"):
         restore(loaded, state, teacher)

@@ -6,10 +6,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
+import cv2
 import numpy as np
 import torch
 from torch import Tensor
 
+from models.errors import ModelError
 from models.preprocess import fit_to_input
 from producers.frame import Picture
 from workers.settings import WorkerSettings
@@ -68,7 +70,10 @@ class CpuDecoders:
 
     def _decode(self, picture: Picture, size: int | None) -> Decoded:
         image = picture.decode(self._max_pixels)
-        return Decoded(image, None if size is None else fit_to_input(image, size))
+        try:
+            return Decoded(image, None if size is None else fit_to_input(image, size))
+        except (ModelError, cv2.error):  # the engine meets the same, and says it of this frame alone
+            return Decoded(image)
 
 
 def make_decoders(settings: WorkerSettings, device: torch.device) -> Decoders:

@@ -29,6 +29,10 @@ _MAX_SCANS = 20
 BatchDecoder = Callable[[list[Tensor]], list[Tensor]]
 
 
+# A picture, the input that it is expected at, and the future that waits for it.
+_Waiting = tuple[Picture, int | None, Future[Decoded]]
+
+
 class GpuDecoders:
     """Decodes JPEGs on the GPU and all other pictures on the CPU.
 
@@ -72,13 +76,21 @@ class GpuDecoders:
             while len(taken) < self._max_batch and not self._waiting.empty():
                 taken.append(self._waiting.get())
             ended = None in taken
-            batch = [each for each in taken if each is not None]
+            self._settle([each for each in taken if each is not None])
+
+    def _settle(self, batch: list[_Waiting]) -> None:
+        """Give each future its image or the error that there was."""
+        try:
             images = self._decode([picture for picture, _, _ in batch])
             for (picture, size, future), image in zip(batch, images, strict=True):
                 if image is None:
                     self._on_cpu.submit(picture, size).add_done_callback(partial(_pass_on, to=future))
                 else:
                     future.set_result(Decoded(image))
+        except Exception as error:  # the thread lives on for the next
+            for _, _, future in batch:
+                if not future.done():
+                    future.set_exception(error)
 
     def _decode(self, pictures: list[Picture]) -> list[Tensor | None]:
         """Return (H, W, 3) uint8 RGB images on the device, complete for every stream, None where there is none."""
@@ -99,9 +111,6 @@ class GpuDecoders:
             if image is not None and tuple(image.shape) == (3, *pictures[row].shape[:2]):
                 results[row] = image.permute(1, 2, 0)
         return results
-
-
-_Waiting = tuple[Picture, int | None, Future[Decoded]]
 
 
 def is_sound_jpeg(picture: Picture, max_pixels: int) -> bool:

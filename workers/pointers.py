@@ -9,6 +9,7 @@ from pydantic import TypeAdapter, ValidationError
 from models.errors import VersionError
 from models.registry import Registry
 from models.storage import Storage
+from models.versions import check_revision
 from producers import keys
 from producers.redis_errors import REDIS_ERRORS, trouble
 from workers.errors import StreamUnavailable
@@ -56,10 +57,10 @@ class Pointers:
         """Put a version into service; the one it replaces becomes `previous`.
 
         Raises:
-            VersionError: no such version.
+            VersionError: no such version, or this program cannot judge by it.
             StreamUnavailable: Redis does not answer.
         """
-        self._registry.card(product, version)
+        check_revision(self._registry.card(product, version))
         before = self.of(product)
         pointers = {CURRENT: version}
         replaced = before.get(CURRENT)

@@ -148,7 +148,7 @@ class Trainer:
         return self._stores.registry.card(product, version) if version else None
 
     def _start_from(self, parent: ModelCard | None, settings: TrainingSettings) -> dict | None:
-        """The parent's student where the new one computes the same: a retraining then starts warm."""
+        """The parent's student where the new one is built and judged like it: a retraining then starts warm."""
         if parent is None:
             return None
         detector = DetectorRecord.of(make_detector(settings.detector, settings.detector_options))
