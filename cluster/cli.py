@@ -337,7 +337,8 @@ def evaluate(
     ] = None,
     teacher: Annotated[str | None, typer.Option(help="Teacher, if not the recipe's.")] = None,
     weights: Annotated[Path | None, typer.Option(help="The teacher's local weights file.")] = None,
-    recipe: Annotated[str, typer.Option(help="fast; accurate; or paper: STFPM as published.")] = "fast",
+    recipe: Annotated[str | None, typer.Option(help="fast, the default; accurate; paper: STFPM as published.")] = None,
+    product: Annotated[str | None, typer.Option(help="As the configuration has it trained, not by a recipe.")] = None,
     steps: Annotated[int | None, typer.Option(min=1)] = None,
     input_size: Annotated[int | None, typer.Option(min=64)] = None,
     false_reject_rate: Annotated[float | None, typer.Option(help="Share of normal images that may fail.")] = None,
@@ -347,7 +348,7 @@ def evaluate(
 ) -> None:
     """Train on a labelled set's normal images and measure how well its defects are found. Needs no application."""
     from cluster.evaluating import evaluate_detectors, remarks
-    from cluster.evaluation_choice import chosen_settings
+    from cluster.evaluation_choice import base_settings, chosen_settings
     from cluster.evaluation_tables import evaluation_tables
     from models.figures import as_document
 
@@ -359,7 +360,10 @@ def evaluate(
         "false_reject_rate": false_reject_rate,
     }
     names = [*(detector or []), *(name.strip() for name in (compare or "").split(",") if compare)]
-    chosen = chosen_settings(recipe, names, option or [], {k: v for k, v in overrides.items() if v is not None})
+    config = load()
+    base = base_settings(config, recipe, product)
+    changes = {name: value for name, value in overrides.items() if value is not None}
+    chosen = chosen_settings(base, names, option or [], changes, config.teachers)
     evaluations = evaluate_detectors(data, chosen, range(seeds), to, err)
     if as_json:
         print_json(as_document(evaluations))

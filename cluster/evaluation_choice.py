@@ -1,36 +1,58 @@
 """What `proctor evaluate` is asked to compare, from its options to settings that were checked."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pydantic import ValidationError
 
+from cluster.config import ProctorConfig
 from cluster.errors import ConfigError
 from models.detectors import make_detector
 from models.settings import TrainingSettings, recipe
 
 
+def base_settings(config: ProctorConfig, recipe_name: str | None, product: str | None) -> TrainingSettings:
+    """The settings that an evaluation starts from: a recipe's, by default `fast`, or those of a product's trainings.
+
+    Raises:
+        ConfigError: both are given.
+        ModelError: the recipe is unknown.
+    """
+    if product is None:
+        return recipe(recipe_name or "fast")
+    if recipe_name is not None:
+        raise ConfigError("--product has settings of its own: leave out --recipe, or --product")
+    return config.training_for(product)
+
+
 def chosen_settings(
-    recipe_name: str, detectors: Sequence[str], options: Sequence[str], overrides: dict[str, Any]
+    base: TrainingSettings,
+    detectors: Sequence[str],
+    options: Sequence[str],
+    overrides: dict[str, Any],
+    teachers: Mapping[str, str],
 ) -> list[TrainingSettings]:
     """The settings of each detector to evaluate, checked before anything is trained.
 
     Args:
-        recipe_name: the settings to start from.
-        detectors: names, in order; none takes the recipe's. The recipe's options are its own detector's only.
+        base: the settings to start from.
+        detectors: names, in order; none takes the base's. The base's options are its own detector's only.
         options: `name=value` for every detector, see `parse_options`.
         overrides: other settings that differ.
+        teachers: local weights files by teacher, for what names none.
 
     Raises:
         ConfigError: a setting is wrong.
-        ModelError: recipe, detector or option is unknown.
+        ModelError: detector or option is unknown.
     """
-    base, extra = recipe(recipe_name), parse_options(options)
+    extra = parse_options(options)
+    teacher = overrides.get("teacher", base.teacher)
+    weights = overrides.get("weights") or (base.weights if teacher == base.teacher else None) or teachers.get(teacher)
     chosen = []
     for name in dict.fromkeys(detectors or [base.detector]):
         own = base.detector_options if name == base.detector else {}
-        update = {"detector": name, "detector_options": _merged(own, extra)}
+        update = {"detector": name, "detector_options": _merged(own, extra), "weights": weights}
         try:
             settings = TrainingSettings.model_validate(base.model_dump() | overrides | update)
         except ValidationError as error:

@@ -16,8 +16,9 @@ import pytest
 from PIL import Image
 
 from cluster import cli
+from cluster.config import ProctorConfig
 from cluster.errors import ConfigError
-from cluster.evaluation_choice import chosen_settings, parse_options
+from cluster.evaluation_choice import base_settings, chosen_settings, parse_options
 from cluster.evaluation_tables import comparison_table, evaluation_tables
 from models.detectors import DETECTORS
 from models.errors import TrainingDataError
@@ -316,17 +317,39 @@ def test_options_are_json_or_text_and_nest():
 def test_a_recipes_options_are_for_its_own_detector_only():
     paper = recipe("paper")
     assert paper.detector_options
-    own, other = chosen_settings("paper", ["stfpm", "sibling", "stfpm"], [], {"steps": 7})
+    own, other = chosen_settings(paper, ["stfpm", "sibling", "stfpm"], [], {"steps": 7}, {})
     assert (own.detector_options, own.steps) == (paper.detector_options, 7)
     assert (other.detector, other.detector_options, other.steps) == ("sibling", {}, 7)
-    (merged,) = chosen_settings("paper", [], ["hardest=0.1"], {})
+    (merged,) = chosen_settings(paper, [], ["hardest=0.1"], {}, {})
     assert merged.detector_options == paper.detector_options | {"hardest": 0.1}
     assert recipe("paper").detector_options == paper.detector_options
+
+
+def test_weights_are_those_of_the_teacher_that_is_used():
+    teachers, mine = {"resnet18": "/r.safetensors"}, TrainingSettings(weights="/mine.safetensors")
+
+    def weights(base, **overrides):
+        return chosen_settings(base, [], [], overrides, teachers)[0].weights
+
+    assert weights(recipe("paper")) == "/r.safetensors"
+    assert weights(recipe("paper"), weights="/given.safetensors") == "/given.safetensors"
+    assert weights(recipe("fast")) is None
+    assert weights(mine) == "/mine.safetensors"
+    assert weights(mine, teacher="resnet18") == "/r.safetensors"
+
+
+def test_a_products_settings_are_evaluated_as_its_trainings_have_them():
+    config = ProctorConfig.model_validate({"training": {"steps": 7}, "products": {"bolt": {"input_size": 96}}})
+    settings = base_settings(config, None, "bolt")
+    assert (settings.steps, settings.input_size) == (7, 96)
+    assert base_settings(config, None, None) == recipe("fast")
+    assert base_settings(config, "paper", None) == recipe("paper")
 
 
 @pytest.mark.parametrize(
     ("words", "says"),
     [
+        (["--product", "bolt", "--recipe", "fast"], "leave out --recipe, or --product"),
         (["--detector", "magic"], "unknown detector 'magic'; known: stfpm"),
         (["--compare", "stfpm,,sibling"], "unknown detector ''"),
         (["--option", "widht=1"], "option 'widht'"),
