@@ -42,7 +42,7 @@ class Associative(Detector):
     components: int = Field(default=64, ge=4, le=128)
     capacity: int = Field(default=1024, ge=1)
     neighbours: int = Field(default=48, ge=1, le=256)
-    attended: int = Field(default=2, ge=1, le=256)
+    attended: int = Field(default=4, ge=1, le=256)
     temperature: float = Field(default=0.01, gt=0)
     snc: Literal["none", "softmax", "uniform"] = "uniform"
     fusion: MapFusion = MapFusion(kind="geometric", weights=(2, 4, 2, 3), score="top", top=0.01)

@@ -31,7 +31,7 @@ class TeacherFeatures(NormalBatches):
         self, teacher: Teacher, images: np.ndarray, cache_bytes: int, augment: Callable[[Tensor], Tensor] | None = None
     ) -> None:
         self._augment = augment
-        parameter = next(teacher.parameters())
+        *_, parameter = teacher.parameters()  # the first may be more precise than the rest
         self._teacher, self._dtype = teacher, parameter.dtype
         self._images = torch.from_numpy(images).to(parameter.device)
         self._cache: tuple[Tensor, ...] | None = None

@@ -13,6 +13,7 @@ import torchvision
 from torch import Tensor, nn
 
 from models.errors import TeacherError
+from models.rounding import Unrounded
 from models.statistics import Statistics
 from models.weights import downloaded_resnet18, packaged_lite0, read_weights, sha256_of
 
@@ -184,7 +185,7 @@ def _cut_resnet(network: nn.Module) -> list[nn.Module]:
 def _cut_lite0(network: nn.Module) -> list[nn.Module]:
     stem = nn.Sequential(cast(nn.Module, network.conv_stem), cast(nn.Module, network.bn1))
     blocks = cast(nn.Sequential, network.blocks)
-    return [nn.Sequential(stem, *blocks[:2]), blocks[2], blocks[3:5]]
+    return [nn.Sequential(Unrounded(stem, blocks[0]), blocks[1]), blocks[2], blocks[3:5]]
 
 
 TEACHERS: dict[str, TeacherSpec] = {
