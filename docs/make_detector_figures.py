@@ -103,12 +103,20 @@ def _peers(document: dict[str, Any]) -> str:
                 results[speeds[-1][:2]] = result
     sizes = sorted(speeds[0][2], key=int)
     lines = [
-        [name, each, *_shares(results.get((name, each), {})), *(f"{fps[size]:.1f}" for size in sizes)]
+        [name, each, _budget(results.get((name, each), {})), *_shares(results.get((name, each), {}))]
+        + [f"{fps[size]:.1f}" for size in sizes]
         for name, each, fps in speeds
     ]
-    head = ["method", "set", *_FIGURE_HEAD, *(f"frames/s, batch of {size}" for size in sizes)]
+    head = ["method", "set", "budget", *_FIGURE_HEAD, *(f"frames/s, batch of {size}" for size in sizes)]
     where = f"device {document['device']}, CPU threads {document['threads']}"
     return f"Input {document['input']}; {where}.\n\n{table(head, lines)}"
+
+
+def _budget(result: dict[str, Any]) -> str:
+    """Return what the peer's training was cut to."""
+    if "steps" in result:
+        return f"{result['steps']:,} of {result['published_steps']:,} steps"
+    return f"{result['train_images']} images" if result else "-"
 
 
 def _bank(document: dict[str, Any]) -> str:
