@@ -88,7 +88,7 @@ def measure(frames: int, threads: int, quick: bool, say: Say, gpu_decode: bool =
         "dtype": str(engine.dtype).removeprefix("torch."),
         "threads": threads,
         "decode_threads": settings.decode_threads,
-        "gpu_decode": settings.gpu_decode,
+        "gpu_decode": settings.gpu_decode and engine.device.type == "cuda",
         "batch": settings.max_batch,
         "frames": frames,
         "rounds": rounds,

@@ -122,7 +122,7 @@ class Picture:
         if (height, width) != self.shape[:2] or self.shape[2] not in (1, 3):
             raise UnreadableImage(f"declared as shape {_listed(self.shape)}, its data holds {height},{width},3")
         if self.data.startswith(_JPEG):
-            _check_jpeg(self.data, height, width)
+            check_jpeg(self.data, height, width)
         image = _decode_pixels(self.data)
         if image is None or image.shape != (height, width, 3):
             raise UnreadableImage(f"corrupt {self.codec} data ({len(self.data)} bytes)")
@@ -166,8 +166,12 @@ def _decode_pixels(data: bytes) -> np.ndarray | None:
         return None
 
 
-def _check_jpeg(jpeg: bytes, height: int, width: int) -> None:
-    """Refuse what costs far more than its bytes: the coding takes a bit at least for each 8 x 8 pixels of an image."""
+def check_jpeg(jpeg: bytes, height: int, width: int) -> None:
+    """Refuse what costs far more than its bytes: the coding takes a bit at least for each 8 x 8 pixels of an image.
+
+    Raises:
+        UnreadableImage: the JPEG is hollow or has too many scans.
+    """
     if len(jpeg) < math.ceil(height / 8) * math.ceil(width / 8) / 8:
         raise UnreadableImage(f"{width}x{height} pixels are declared, more than {len(jpeg)} bytes can hold")
     scans = jpeg.count(b"\xff\xda")

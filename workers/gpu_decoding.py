@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import queue
 import threading
 from collections.abc import Callable, Sequence
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from producers.errors import UnreadableImage
-from producers.frame import Picture, header_size
+from producers.frame import Picture, check_jpeg, header_size
 from workers.decoding import Decoded, Decoders
 from workers.graphs import capturing
 from workers.streams import Stream
@@ -118,15 +117,16 @@ def is_sound_jpeg(picture: Picture, max_pixels: int) -> bool:
 
     Anything else is for the CPU's decoder, whose checks of hostile bytes say what is wrong.
     """
-    if picture.codec != "jpeg" or not picture.data.startswith(b"\xff\xd8") or not picture.data.endswith(b"\xff\xd9"):
+    data = picture.data
+    if not data.startswith(b"\xff\xd8") or not data.endswith(b"\xff\xd9"):
         return False
     try:
-        size = header_size(picture.data)
+        height, width = header_size(data)
+        check_jpeg(data, height, width)
     except UnreadableImage:
         return False
-    blocks = math.ceil(size[0] / 8) * math.ceil(size[1] / 8)
-    fits = size == picture.shape[:2] and math.prod(size) <= max_pixels and len(picture.data) >= blocks / 8
-    return fits and picture.data.count(b"\xff\xda") <= _MAX_SCANS
+    fits = (height, width) == picture.shape[:2] and height * width <= max_pixels
+    return fits and data.count(b"\xff\xda") <= _MAX_SCANS
 
 
 def decoded(jpegs: Sequence[bytes], decoder: BatchDecoder) -> list[Tensor | None]:
