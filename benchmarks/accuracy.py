@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.accuracy_suites import SUITES, Way, suite
+from benchmarks.accuracy_suites import SUITES, TEACHERS, Way, suite
 from benchmarks.accuracy_tables import joined, summarise
 from benchmarks.machine import describe_machine
 from models import metrics
@@ -48,6 +48,7 @@ def main() -> None:
     parser.add_argument("--suite", action="append", choices=SUITES, help="may be repeated; else the table alone")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only", default="", help="only ways and sets that contain this text")
+    parser.add_argument("--teacher", action="append", choices=TEACHERS, help="may be repeated; else both")
     parser.add_argument("--workers", type=int, default=1, help="trainings side by side, a CPU thread each")
     parser.add_argument("--journal", type=Path, required=True, help="a line of JSON for each training")
     parser.add_argument("--beside", type=Path, nargs="*", default=[], help="documents of other programs to include")
@@ -93,7 +94,7 @@ def _tasks(options: argparse.Namespace) -> Iterator[tuple[Way, str, InspectionSe
     weights = str(options.weights) if options.weights else None
     for seed in range(options.seeds):
         for way in (way for name in options.suite or ["table"] for way in suite(name)):
-            for teacher in way.teachers:
+            for teacher in (name for name in way.teachers if name in (options.teacher or TEACHERS)):
                 for each in sets:
                     wanted = way.sets is None or each.name in way.sets
                     if wanted and options.only in f"{way.name} {each.name}":

@@ -43,6 +43,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="a labelled set, or a folder of sets")
     parser.add_argument("--weights", type=Path, help="local ResNet-18 weights, for recipes with that teacher")
     parser.add_argument("--recipe", choices=sorted(RECIPES), default="fast")
+    parser.add_argument("--steps", type=int, help="of training, else the recipe's")
     parser.add_argument("--quick", action="store_true", help="whether it works, in seconds; no figure to quote")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1, help="CPU threads; 1 is a replica's default")
@@ -72,7 +73,7 @@ def _settings(options: argparse.Namespace) -> TrainingSettings:
     changes = {
         "seed": options.seed,
         "threads": options.threads,
-        "steps": _QUICK_STEPS if options.quick else settings.steps,
+        "steps": _QUICK_STEPS if options.quick else options.steps or settings.steps,
     }
     if settings.teacher == "resnet18":
         changes["weights"] = str(options.weights) if options.weights else None

@@ -18,6 +18,7 @@ from models.cards import ModelCard
 from models.detectors import DETECTORS
 from models.registry import Registry
 from models.settings import TrainingSettings
+from models.weights import packaged_lite0, read_weights
 from producers.frame import Picture
 from workers import trainer as trainer_module
 from workers.approvals import Approvals
@@ -134,6 +135,16 @@ def test_a_retraining_starts_cold_where_the_method_computes_something_else_since
     second = shop.work(Job(product="cell"))
     assert (second.state, second.error) == ("succeeded", "")
     assert (shop.card(second).parent, shop.card(second).detector.revision) == (None, 99)
+
+
+def test_a_retraining_starts_cold_with_other_weights_of_its_teacher(shop, images, tmp_path):
+    first = shop.work(Job(product="cell", images=[str(images)]))
+    other = tmp_path / "other.pth"
+    torch.save({name: value * 1.01 for name, value in read_weights(packaged_lite0()).items()}, other)
+    second = shop.work(Job(product="cell", overrides={"weights": str(other)}))
+    assert (second.state, second.error) == ("succeeded", "")
+    assert shop.card(second).parent is None
+    assert shop.card(second).teacher.weights_sha256 != shop.card(first).teacher.weights_sha256
 
 
 def test_approvals_alone_are_enough(shop):

@@ -19,6 +19,7 @@ from models.images import TrainingImage, list_images, read_training_images
 from models.preprocess import fit_to_input
 from models.registry import Registry
 from models.settings import TrainingSettings
+from models.teachers import Teacher, load_teacher
 from models.training import train
 from models.versions import draft_card
 from producers.errors import UnreadableImage
@@ -118,7 +119,8 @@ class Trainer:
         parent = self._parent(job.product)
         sources = job.images or (parent.training.sources if parent else [])
         images, records = self._images(job, sources, settings.input_size)
-        start_from = None if job.fresh else self._start_from(parent, settings)
+        teacher = load_teacher(settings.teacher, settings.weights)
+        start_from = None if job.fresh or parent is None else self._start_from(parent, settings, teacher)
         reported_at = 0.0
 
         def progress(step: int, steps: int, loss: float) -> None:
@@ -129,7 +131,9 @@ class Trainer:
                 job.step, job.steps, job.loss = step, steps, loss
                 self._report(job)
 
-        trained = train(images, settings, start_from=start_from, progress=progress, should_stop=stop.is_set)
+        trained = train(
+            images, settings, start_from=start_from, teacher=teacher, progress=progress, should_stop=stop.is_set
+        )
         warm = parent.version if parent and start_from is not None else None
         draft = draft_card(trained, job.product, records, sources, warm, job.creator or "unknown")
         return self._stores.registry.publish(draft, trained.student)
@@ -147,13 +151,11 @@ class Trainer:
         version = self._stores.pointers.of(product).get(CURRENT)
         return self._stores.registry.card(product, version) if version else None
 
-    def _start_from(self, parent: ModelCard | None, settings: TrainingSettings) -> dict | None:
-        """The parent's student where the new one is built and judged like it: a retraining then starts warm."""
-        if parent is None:
-            return None
+    def _start_from(self, parent: ModelCard, settings: TrainingSettings, teacher: Teacher) -> dict | None:
+        """The parent's student where the new one is built, taught and judged like it: a retraining then starts warm."""
         detector = DetectorRecord.of(make_detector(settings.detector, settings.detector_options))
-        before = (parent.detector, parent.teacher.name, parent.input_size)
-        if before != (detector, settings.teacher, settings.input_size):
+        before = (parent.detector, parent.teacher.name, parent.teacher.weights_sha256, parent.input_size)
+        if before != (detector, teacher.name, teacher.weights_sha256, settings.input_size):
             return None
         return self._stores.registry.load_student(parent.product, parent.version)[1]
 
