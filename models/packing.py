@@ -89,10 +89,10 @@ class FusedConvolution(nn.Module):
         y = F.conv2d(x, self.weight, self.bias, stride, padding, dilation, groups)
         return self._finish(y, added)
 
-    def pack(self, shape: Sequence[int]) -> None:
-        """Lay the weights out for inputs of (B, C, H, W) `shape`; other shapes stay possible, only slower."""
+    def pack(self, shape: Sequence[int], compiled: bool = False) -> None:
+        """Lay the weights out, once, for inputs of (B, C, H, W) `shape`; other shapes stay possible, only slower."""
         self.packed = True
-        if winograd.pays(self.weight, self.geometry, shape):
+        if compiled and winograd.pays(self.weight, self.geometry, shape):
             self.weight = nn.Parameter(winograd.transform(self.weight.detach()), requires_grad=False)
             self.transformed = True
             return
@@ -118,9 +118,14 @@ class ByOperator:
     by_operator = False
 
 
-def pack(network: nn.Module, inputs: tuple[Any, ...]) -> None:
+def pack(network: nn.Module, inputs: tuple[Any, ...], compiled: bool = False) -> None:
     """Lay out the weights of all fused convolutions, in place, for the shapes that a call with `inputs` shows, and
     have operators called where there are some.
+
+    Args:
+        network: Fused, and not packed before.
+        inputs: Of a call.
+        compiled: Whether the network will be compiled; then Winograd's way is taken where it pays.
     """
     shapes: dict[FusedConvolution, torch.Size] = {}
     convolutions = [module for module in network.modules() if isinstance(module, FusedConvolution)]
@@ -133,7 +138,7 @@ def pack(network: nn.Module, inputs: tuple[Any, ...]) -> None:
     for hook in hooks:
         hook.remove()
     for module, shape in shapes.items():
-        module.pack(shape)
+        module.pack(shape, compiled)
     for each in network.modules():
         if isinstance(each, ByOperator):
             each.by_operator = True

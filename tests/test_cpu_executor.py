@@ -7,10 +7,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import texture
+from test_teachers import save_resnet18
 
+from models.detectors import make_detector
 from models.registry import Registry
+from models.teachers import load_teacher
 from workers import cpu_executor
 from workers.compiling import BackgroundCompiler
+from workers.cpu_executor import CpuExecutor
 from workers.engine import Budget, Engine, Request
 
 
@@ -72,6 +76,25 @@ def test_compiled_in_the_background_it_judges_the_same_and_a_new_version_compile
     assert newer.studying._compiled == compiled
     assert np.abs(maps_of(engine, newer, 2) - before).max() > 0.2 * before.max()
     engine.close()
+
+
+def test_a_teacher_has_a_program_for_each_way_its_layers_are_laid_out(versions, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(BackgroundCompiler, "add", lambda *_: None)
+    executor = CpuExecutor(torch.bfloat16, Budget(compiled=True))
+    teacher = executor.teacher(load_teacher("resnet18", save_resnet18(tmp_path / "resnet18.safetensors")))
+    detector = make_detector("stfpm", {"width": 0.125})
+    student = detector.build_student(teacher)
+    programs = {}
+    for size in (64, 128, 192, 128):  # large enough for Winograd's way are no layers, those of one stage, of two
+        card = versions.bolt.model_copy(update={"input_size": size})
+        resident = executor.resident(card, detector, student, teacher)
+        maps, scores = executor.run([Request(resident, texture(0))])
+        assert maps.shape == (1, size, size)
+        assert np.isfinite(scores).all()
+        assert programs.setdefault(size, resident.teaching) is resident.teaching
+    executor.close()
+    assert len({id(program) for program in programs.values()}) == 3
 
 
 def test_what_cannot_be_compiled_is_computed_as_it_is(caplog):

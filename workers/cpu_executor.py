@@ -80,8 +80,11 @@ class CpuExecutor(Executor):
         with torch.inference_mode():
             images = torch.zeros(self._sizes(card.input_size)[-1], card.input_size, card.input_size, 3).byte()
             inputs = _taught(packed, self.dtype, images)
-            pack(ready, (inputs[0], inputs[1:]))
+            pack(ready, (inputs[0], inputs[1:]), compiled=self._compiler is not None)
         state = state_of(ready)
+        teacher_state = state_of(packed)
+        # How a layer is laid out depends on the input size, so two sizes need not be one build of a teacher either.
+        teaching = (teacher.name, *_described(teacher_state))
         build = (detector.model_dump_json(), teacher.name, card.input_size, *_described(state))
         resident = CpuResident(
             card=card,
@@ -89,10 +92,10 @@ class CpuExecutor(Executor):
             student=ready,
             teacher=teacher,
             nbytes=sum(_nbytes(each) for each in state.values()),
-            teaching=self._program((teacher.name,), packed, lambda net, images: _taught(net, self.dtype, images)),
+            teaching=self._program(teaching, packed, lambda net, images: _taught(net, self.dtype, images)),
             studying=self._program(build, ready, lambda net, images, *features: infer(detector, net, images, features)),
             packed_teacher=packed,
-            teacher_state=state_of(packed),
+            teacher_state=teacher_state,
             state=state,
         )
         self._warm_up(resident)
@@ -130,7 +133,8 @@ class CpuExecutor(Executor):
         """Return the teacher with weights laid out for one input size: for another each call would do that anew."""
         if (teacher, size) not in self._teachers:
             packed = copy.deepcopy(teacher)
-            pack(packed, (torch.zeros(1, 3, size, size, dtype=self.dtype).to(memory_format=torch.channels_last),))
+            probe = torch.zeros(1, 3, size, size, dtype=self.dtype).to(memory_format=torch.channels_last)
+            pack(packed, (probe,), compiled=self._compiler is not None)
             self._teachers[teacher, size] = packed
         return self._teachers[teacher, size]
 
