@@ -6,6 +6,7 @@ consistency compares what features say of the image as a whole. Both go round an
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -69,7 +70,7 @@ class FCL(Detector):
             raise ValueError("snc.form 'masked' has predictors to train: snc.place must be 'loss' or 'both'")
         return self
 
-    @property
+    @cached_property
     def _host(self) -> FeatureMatching:
         return HOSTS[self.host].model_validate(self.host_options)
 
