@@ -240,6 +240,8 @@ def train(
         print_json(job.model_dump(mode="json"))
     if job.state == "failed":
         raise ProctorError(f"job {job.id} failed: {job.error}")
+    if job.remark:
+        say(job.remark)
     if wait and not as_json:
         in_service = promote and await_service(server, product, job.version)
         out.print(f"{product}: version {job.version}" + (" in service" if in_service else ", not in service"))
@@ -359,7 +361,7 @@ def evaluate(
         "input_size": input_size,
         "false_reject_rate": false_reject_rate,
     }
-    names = [*(detector or []), *(name.strip() for name in (compare or "").split(",") if compare)]
+    names = [*(detector or []), *([] if compare is None else (name.strip() for name in compare.split(",")))]
     config = load()
     base = base_settings(config, recipe, product)
     changes = {name: value for name, value in overrides.items() if value is not None}

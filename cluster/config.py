@@ -4,7 +4,6 @@ Every package defines its own settings; this module composes them. The variable 
 `url` of the section `[redis]`.
 """
 
-import difflib
 import ipaddress
 import os
 import re
@@ -24,6 +23,7 @@ from pydantic_settings import (
 
 from cluster.errors import ConfigError
 from cluster.serve_settings import ServeSettings
+from models.errors import unknown_name
 from models.settings import TrainingSettings
 from producers.server_address import SCHEMES
 from producers.settings import Policy, PublisherSettings
@@ -228,7 +228,7 @@ def _read_file(file: Path) -> dict[str, Any]:
         raise ConfigError(f"{file}: is not valid TOML: {error}") from None
     known = set(ProctorConfig.model_fields)
     for name in data.keys() - known:  # here, since pydantic-settings has arguments of its own, as `_env_file`
-        raise ConfigError(f"{file}: {_unknown(name, known, 'key')}")
+        raise ConfigError(f"{file}: {unknown_name(name, known, 'key')}")
     return data
 
 
@@ -238,7 +238,7 @@ def _read_variables() -> dict[str, Any]:
         if variable.upper().startswith(PREFIX) and variable.upper() != FILE_VARIABLE:
             name = variable[len(PREFIX) :].lower().split("__")[0]
             if name not in known:
-                raise ConfigError(f"environment variable {variable}: {_unknown(name, known, 'section')}")
+                raise ConfigError(f"environment variable {variable}: {unknown_name(name, known, 'section')}")
     source = EnvSettingsSource(ProctorConfig)
     try:
         return dict(source())
@@ -272,7 +272,7 @@ def _explain(error: ValidationError, file: Path | None) -> str:
     where, key = _origin(parts, file), ".".join(parts)
     if details["type"] == "extra_forbidden":
         table = f" in [{'.'.join(parts[:-1])}]" if parts[1:] else ""
-        text = _unknown(parts[-1], _keys_of(parts[:-1]), f"key{table}")
+        text = unknown_name(parts[-1], _keys_of(parts[:-1]), f"key{table}")
     elif details["loc"][-1:] == ("[key]",):
         text = f"[{key}]: the name {_allowed(details)}"
     elif details["type"] == "value_error" and isinstance(details["input"], dict):
@@ -291,12 +291,6 @@ def _origin(parts: list[str], file: Path | None) -> str:
         if parts and name.startswith(PREFIX) and (name.startswith(key) or key.startswith(name)):
             return f"environment variable {variable}"
     return str(file) if file else "configuration"
-
-
-def _unknown(name: str, known: set[str], kind: str) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f'did you mean "{near[0]}"? ' if near else ""
-    return f'unknown {kind}: "{name}"; {hint}Known: {", ".join(sorted(known))}'
 
 
 def _keys_of(parts: list[str]) -> set[str]:

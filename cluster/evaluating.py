@@ -1,6 +1,5 @@
 """`proctor evaluate`: accuracy and speed of detectors on labelled sets, with a report to look at."""
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from models.calibration import few_scores
 from models.evaluation import EvaluationProgress, EvaluationStep, evaluate
 from models.figures import Evaluation
 from models.settings import TrainingSettings
@@ -42,14 +42,19 @@ def evaluate_detectors(
 
 @contextmanager
 def _progress(console: Console) -> Iterator[EvaluationProgress]:
-    """What shows on a terminal where the evaluation is."""
+    """What shows where the evaluation is: a bar on a terminal, elsewhere a line for each step."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     loss = TextColumn("{task.fields[loss]}")
     with Progress(*columns, loss, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("reading", total=None, loss="")
+        last = ""
 
         def show(step: EvaluationStep) -> None:
+            nonlocal last
             text = f"{step.name}, seed {step.seed}: {step.phase}"
+            if text != last and not console.is_terminal:
+                console.print(f"· {text}", markup=False, highlight=False)
+            last = text
             loss = "" if step.loss is None else f"loss {step.loss:.4f}"
             progress.update(task, description=text, total=step.total, completed=step.done, loss=loss)
 
@@ -59,16 +64,16 @@ def _progress(console: Console) -> Iterator[EvaluationProgress]:
 def remarks(evaluations: Sequence[Evaluation]) -> list[str]:
     """What a reader of the figures should know: thresholds that rest on few images, masks that are missing."""
     rate = evaluations[0].settings.false_reject_rate
-    enough = math.ceil(1 / rate) - 1
-    few = {result.name: result.held_out for each in evaluations for result in each.results if result.held_out < enough}
+    few = {
+        result.name: remark
+        for each in evaluations
+        for result in each.results
+        if (remark := few_scores(result.held_out, rate))
+    }
     results = [result for each in evaluations for result in each.results]
     partly = {each.name: each for each in results if 0 < each.without_mask < each.test_defects}
     masks = [
         f"{name}: {each.without_mask} of {each.test_defects} defects lack a mask, so pixels are not measured"
         for name, each in partly.items()
     ]
-    return masks + [
-        f"{name}: the threshold rests on {count} held-out images where {rate:.1%} false rejects need {enough}; "
-        "its margin may let defects pass: give more images, or a looser --false-reject-rate"
-        for name, count in few.items()
-    ]
+    return masks + [f"{name}: {remark}" for name, remark in few.items()]

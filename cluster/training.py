@@ -11,6 +11,7 @@ from rich.table import Table
 
 from cluster.config import ProctorConfig
 from cluster.errors import ConfigError, ProctorError
+from models.errors import unknown_name
 from producers.errors import FrameError
 from producers.frame import check_product
 from workers.errors import StreamUnavailable
@@ -25,7 +26,7 @@ def new_job(config: ProctorConfig, product: str, images: list[Path], overrides: 
     """A job, checked as far as it can be here.
 
     Raises:
-        ProctorError: no such folder, or the product has no valid name.
+        ProctorError: no such folder or detector, or the product has no valid name.
     """
     try:
         check_product(product)
@@ -33,7 +34,13 @@ def new_job(config: ProctorConfig, product: str, images: list[Path], overrides: 
         raise ConfigError(str(error)) from None
     for folder in images:
         if not folder.is_dir():
-            raise ProctorError(f"no such folder of images: {folder}")
+            reason = "a file, not a folder of images" if folder.is_file() else "no such folder of images"
+            raise ProctorError(f"{reason}: {folder}")
+    if "detector" in overrides:
+        from models.detectors import DETECTORS
+
+        if overrides["detector"] not in DETECTORS:
+            raise ProctorError(unknown_name(overrides["detector"], DETECTORS, "detector"))
     steps = int(overrides.get("steps", config.training_for(product).steps))
     return Job(product=product, images=[str(folder.absolute()) for folder in images], overrides=overrides, steps=steps)
 
@@ -88,7 +95,7 @@ def job_table(jobs: list[Job]) -> Table:
             f"[{colours[job.state]}]{job.state}[/]",
             f"{job.step}/{job.steps}" if job.steps else "-",
             "-" if job.loss is None else f"{job.loss:.4f}",
-            job.version or job.error or "-",
+            "; ".join(filter(None, (job.version or job.error, job.remark))) or "-",
             job.creator,
             f"{job.created_at:%Y-%m-%d %H:%M:%S}",
         )

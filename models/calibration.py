@@ -72,6 +72,17 @@ def calibrate(scores: Sequence[float], false_reject_rate: float) -> Calibration:
     return Calibration(threshold=threshold, false_reject_rate=false_reject_rate, scores=ordered)
 
 
+def few_scores(count: int, false_reject_rate: float) -> str | None:
+    """Return what a person should know of a threshold that rests on so few held-out images; None if they are enough."""
+    enough = math.ceil(1 / false_reject_rate) - 1
+    if count >= enough:
+        return None
+    return (
+        f"the threshold rests on {count} held-out images where {false_reject_rate:.1%} false rejects need {enough}; "
+        "its margin may let defects pass: give more images, or a looser false_reject_rate"
+    )
+
+
 def _predictive_bound(scores: list[float], tail: float) -> float:
     """Return the score that a further one exceeds with probability `tail`, log scores being normal."""
     # A score next to nothing, as of a copy of a training image, tells nothing of how far scores spread upwards.

@@ -91,7 +91,7 @@ def find_sets(folder: str | Path) -> list[InspectionSet]:
     """
     folder = Path(os.path.abspath(folder))
     if not folder.is_dir():
-        raise TrainingDataError(f"{folder}: no such folder")
+        raise TrainingDataError(f"{folder}: {'is a file, not a folder' if folder.is_file() else 'no such folder'}")
     try:
         return _read_sets(folder)
     except OSError as error:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class ModelError(Exception):
     """Something about a model is wrong: a name, an option, a training that diverged."""
@@ -21,3 +24,11 @@ class VersionError(ModelError):
 
 class TrainingStoppedError(ModelError):
     """The caller asked a training to stop before its last step."""
+
+
+def unknown_name(name: str, known: Iterable[str], kind: str) -> str:
+    """Return the line that says so of a name that is none of the known ones, with the nearest of them."""
+    known = sorted(known)
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f'did you mean "{near[0]}"? ' if near else ""
+    return f'unknown {kind}: "{name}"; {hint}Known: {", ".join(known)}'

@@ -94,7 +94,9 @@ def evaluate(
     sets = find_sets(data_dir)
     for each in sets:
         if len({image.is_defect for image in each.test}) < 2:
-            raise TrainingDataError(f"{each.name}: test needs good and defective images")
+            raise TrainingDataError(
+                f"{each.name}: its test images are all of one kind; measuring needs good and defective ones: {data_dir}"
+            )
     detector = make_detector(settings.detector, settings.detector_options)
     teacher = load_teacher(settings.teacher, settings.weights)
     seeded = [settings.model_copy(update={"seed": seed}) for seed in seeds or (settings.seed,)]

@@ -43,7 +43,7 @@ def list_images(folder: str | Path) -> list[Path]:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise TrainingDataError(f"{folder}: no such folder")
+        raise TrainingDataError(f"{folder}: {'is a file, not a folder' if folder.is_file() else 'no such folder'}")
     paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
     if not paths:
         raise TrainingDataError(f"{folder}: holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")

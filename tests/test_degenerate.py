@@ -205,14 +205,14 @@ def test_only_normal_test_images_are_refused(labelled):
     for path in (labelled / "test/spot").iterdir():
         path.unlink()
     (labelled / "test/spot").rmdir()
-    refuses(labelled, "set: test needs good and defective images")
+    refuses(labelled, "set: its test images are all of one kind")
 
 
 def test_only_defective_test_images_are_refused(labelled):
     for path in (labelled / "test/good").iterdir():
         path.unlink()
     (labelled / "test/good").rmdir()
-    refuses(labelled, "set: test needs good and defective images")
+    refuses(labelled, "set: its test images are all of one kind")
 
 
 def test_good_and_bad_folders_are_measured(labelled, tmp_path):

@@ -350,9 +350,9 @@ def test_a_products_settings_are_evaluated_as_its_trainings_have_them():
     ("words", "says"),
     [
         (["--product", "bolt", "--recipe", "fast"], "leave out --recipe, or --product"),
-        (["--detector", "magic"], "unknown detector 'magic'; known: stfpm"),
-        (["--compare", "stfpm,,sibling"], "unknown detector ''"),
-        (["--option", "widht=1"], "option 'widht'"),
+        (["--detector", "magic"], 'unknown detector: "magic"; Known: associative'),
+        (["--compare", "stfpm,,sibling"], 'unknown detector: ""'),
+        (["--option", "widht=1"], 'unknown option: "widht"; did you mean "width"? Known: '),
         (["--option", "width"], "--option width: expected name=value"),
         (["--input-size", "65"], "--input-size 65"),
         (["--out", "file"], "--out file: "),

@@ -85,6 +85,7 @@ def test_a_job_becomes_a_version_in_service(shop, images):
     job = shop.work(Job(product="cell", images=[str(images)], creator="ann"))
     assert (job.state, job.error, job.step, job.steps) == ("succeeded", "", 20, 20)
     assert job.loss > 0
+    assert job.remark.startswith("the threshold rests on 4 held-out images where 1.0% false rejects need 99; ")
     assert before <= job.started_at <= job.finished_at <= datetime.now(UTC)
     card = shop.card(job)
     assert (card.product, card.creator, card.parent, card.input_size) == ("cell", "ann", None, 64)
@@ -174,7 +175,7 @@ def corrupt(images: Path) -> None:
         ({"overrides": {"steps": 0}}, None, "training setting steps: Input should be greater than or equal to 1"),
         ({"overrides": {"stpes": 5}}, None, "training setting stpes: Extra inputs are not permitted"),
         ({"overrides": {"teacher": "owl"}}, None, "unknown teacher 'owl'"),
-        ({"overrides": {"detector": "owl", "detector_options": {}}}, None, "unknown detector 'owl'"),
+        ({"overrides": {"detector": "owl", "detector_options": {}}}, None, 'unknown detector: "owl"'),
         ({"overrides": {"device": "abacus"}}, None, "unknown device 'abacus'"),
         ({"overrides": {"optimizer": "sgd", "learning_rate": 1e30}}, None, "training diverged at step 10"),
     ],

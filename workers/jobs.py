@@ -34,6 +34,7 @@ class Job(BaseModel):
         loss: loss of the last step reported.
         version: the version made.
         error: why it failed, one line.
+        remark: what to know of the version, one line.
     """
 
     id: str = Field(default_factory=lambda: f"{datetime.now(UTC):%H%M%S}-{secrets.token_hex(3)}")
@@ -49,6 +50,7 @@ class Job(BaseModel):
     loss: float | None = None
     version: str = ""
     error: str = ""
+    remark: str = ""
     created_at: datetime = Field(default_factory=lambda: datetime.now(UTC))
     started_at: datetime | None = None
     finished_at: datetime | None = None

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from pydantic import ValidationError
 
+from models.calibration import few_scores
 from models.cards import DetectorRecord, ModelCard
 from models.detectors import make_detector
 from models.errors import ModelError, TrainingDataError, TrainingStoppedError
@@ -134,6 +135,8 @@ class Trainer:
         trained = train(
             images, settings, start_from=start_from, teacher=teacher, progress=progress, should_stop=stop.is_set
         )
+        calibration = trained.calibration
+        job.remark = few_scores(len(calibration.scores), calibration.false_reject_rate) or ""
         warm = parent.version if parent and start_from is not None else None
         draft = draft_card(trained, job.product, records, sources, warm, job.creator or "unknown")
         return self._stores.registry.publish(draft, trained.student)
