@@ -295,7 +295,7 @@ def test_no_set(tmp_path):
     assert "expected train/good and test/DEFECT (MVTec AD), Data/Images" in the_line(tmp_path)
     write_images(tmp_path, *(f"{index}.png" for index in range(8)))
     assert "found 0.png, 1.png, 2.png, 3.png, 4.png, 5.png and 2 more; sort the images" in the_line(tmp_path)
-    assert "no such folder" in the_line(tmp_path / "0.png")
+    assert "is a file, not a folder" in the_line(tmp_path / "0.png")
 
 
 def test_a_folder_that_may_not_be_read(tmp_path, monkeypatch):
