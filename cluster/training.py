@@ -11,7 +11,6 @@ from rich.table import Table
 
 from cluster.config import ProctorConfig
 from cluster.errors import ConfigError, ProctorError
-from models.errors import unknown_name
 from producers.errors import FrameError
 from producers.frame import check_product
 from workers.errors import StreamUnavailable
@@ -26,7 +25,8 @@ def new_job(config: ProctorConfig, product: str, images: list[Path], overrides: 
     """A job, checked as far as it can be here.
 
     Raises:
-        ProctorError: no such folder or detector, or the product has no valid name.
+        ProctorError: no such folder, or the product has no valid name.
+        ModelError: no such detector.
     """
     try:
         check_product(product)
@@ -37,10 +37,9 @@ def new_job(config: ProctorConfig, product: str, images: list[Path], overrides: 
             reason = "a file, not a folder of images" if folder.is_file() else "no such folder of images"
             raise ProctorError(f"{reason}: {folder}")
     if "detector" in overrides:
-        from models.detectors import DETECTORS
+        from models.detectors import make_detector  # here, since it loads PyTorch
 
-        if overrides["detector"] not in DETECTORS:
-            raise ProctorError(unknown_name(overrides["detector"], DETECTORS, "detector"))
+        make_detector(overrides["detector"])
     steps = int(overrides.get("steps", config.training_for(product).steps))
     return Job(product=product, images=[str(folder.absolute()) for folder in images], overrides=overrides, steps=steps)
 

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from models.errors import ModelError
+from models.errors import ModelError, unknown_name
 
 
 class TrainingSettings(BaseModel):
@@ -130,5 +130,5 @@ def recipe(name: str) -> TrainingSettings:
         ModelError: No such recipe.
     """
     if name not in RECIPES:
-        raise ModelError(f"unknown recipe '{name}'; known: {', '.join(RECIPES)}")
+        raise ModelError(unknown_name(name, RECIPES, "recipe"))
     return RECIPES[name]

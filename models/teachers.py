@@ -12,7 +12,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from models.errors import TeacherError
+from models.errors import TeacherError, unknown_name
 from models.rounding import Unrounded
 from models.statistics import Statistics
 from models.weights import downloaded_resnet18, packaged_lite0, read_weights, sha256_of
@@ -140,7 +140,7 @@ def load_classifier(name: str, weights: str | Path | None = None) -> nn.Module:
 def _load(name: str, weights: str | Path | None) -> tuple[nn.Module, Path]:
     """Build the classifier and give it what the file holds; parameters the file lacks stay on `meta`."""
     if name not in TEACHERS:
-        raise TeacherError(f"unknown teacher '{name}'; known: {', '.join(TEACHERS)}")
+        raise TeacherError(unknown_name(name, TEACHERS, "teacher"))
     spec = TEACHERS[name]
     path = Path(weights) if weights is not None else spec.find_weights()
     # On `meta` nothing is initialised: no time is spent on it and the caller's random state stays untouched.

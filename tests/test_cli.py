@@ -86,7 +86,7 @@ def test_no_application(command, tmp_path, images):
         (["approve", "p/c/1"], "no result for frame p/c/1"),
         (["evaluate", "--data", "nowhere"], "nowhere: no such folder"),
         (["evaluate", "--data", "text.mp4"], "text.mp4: is a file, not a folder"),
-        (["evaluate", "--data", "images", "--recipe", "magic"], "unknown recipe 'magic'"),
+        (["evaluate", "--data", "images", "--recipe", "magic"], 'unknown recipe: "magic"'),
     ],
 )
 def test_wrong_argument(command, says, tmp_path, images):

@@ -212,7 +212,7 @@ def test_a_student_of_another_teacher_is_refused(registry, versions):
     [
         ('"width": 0.125', '"width": 0.25', "student does not fit"),
         ('"stfpm"', '"unheard-of"', 'unknown detector: "unheard-of"'),
-        ('"name": "efficientnet_lite0"', '"name": "unheard-of"', "unknown teacher 'unheard-of'"),
+        ('"name": "efficientnet_lite0"', '"name": "unheard-of"', 'unknown teacher: "unheard-of"'),
     ],
 )
 def test_a_version_that_does_not_fit_is_one_line(registry, versions, old, new, message):

@@ -130,11 +130,12 @@ def test_while_graphs_are_captured_the_cpu_decodes(make):
     [
         lambda picture: Picture("jpeg", picture.shape, picture.data[: len(picture.data) // 2]),
         lambda picture: Picture("jpeg", (4, 4, 3), picture.data),
+        lambda picture: Picture("jpeg", (*picture.shape[:2], 4), picture.data),
         lambda picture: Picture("jpeg", picture.shape, b""),
         lambda picture: Picture("jpeg", picture.shape, b"\xff\xd8no picture\xff\xd9"),
         lambda picture: Picture("unheard-of", picture.shape, picture.data),
     ],
-    ids=["cut off", "another shape", "empty", "noise", "codec"],
+    ids=["cut off", "another shape", "four channels", "empty", "noise", "codec"],
 )
 def test_an_unreadable_picture_says_why_and_the_gpu_never_sees_it(make, spoil):
     batch, decoder = pictures(3), Decoder()

@@ -124,7 +124,7 @@ def test_unreadable_weights(tmp_path, name, content):
 
 
 def test_unknown_teacher_and_missing_file(tmp_path):
-    with pytest.raises(TeacherError, match="known: efficientnet_lite0, resnet18"):
+    with pytest.raises(TeacherError, match=r"resnet34.*did you mean .resnet18.. Known: efficientnet_lite0, resnet18"):
         load_teacher("resnet34")
     with pytest.raises(TeacherError, match="no such file"):
         load_teacher("resnet18", tmp_path / "absent.safetensors")

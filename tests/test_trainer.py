@@ -174,7 +174,7 @@ def corrupt(images: Path) -> None:
         ({}, corrupt, "05.png: not an image of a known format"),
         ({"overrides": {"steps": 0}}, None, "training setting steps: Input should be greater than or equal to 1"),
         ({"overrides": {"stpes": 5}}, None, "training setting stpes: Extra inputs are not permitted"),
-        ({"overrides": {"teacher": "owl"}}, None, "unknown teacher 'owl'"),
+        ({"overrides": {"teacher": "owl"}}, None, 'unknown teacher: "owl"'),
         ({"overrides": {"detector": "owl", "detector_options": {}}}, None, 'unknown detector: "owl"'),
         ({"overrides": {"device": "abacus"}}, None, "unknown device 'abacus'"),
         ({"overrides": {"optimizer": "sgd", "learning_rate": 1e30}}, None, "training diverged at step 10"),

@@ -125,8 +125,8 @@ def is_sound_jpeg(picture: Picture, max_pixels: int) -> bool:
         check_jpeg(data, height, width)
     except UnreadableImage:
         return False
-    fits = (height, width) == picture.shape[:2] and height * width <= max_pixels
-    return fits and data.count(b"\xff\xda") <= _MAX_SCANS
+    declared = (height, width) == picture.shape[:2] and picture.shape[2] in (1, 3)
+    return declared and height * width <= max_pixels and data.count(b"\xff\xda") <= _MAX_SCANS
 
 
 def decoded(jpegs: Sequence[bytes], decoder: BatchDecoder) -> list[Tensor | None]:

@@ -135,11 +135,11 @@ class Trainer:
         trained = train(
             images, settings, start_from=start_from, teacher=teacher, progress=progress, should_stop=stop.is_set
         )
-        calibration = trained.calibration
-        job.remark = few_scores(len(calibration.scores), calibration.false_reject_rate) or ""
         warm = parent.version if parent and start_from is not None else None
         draft = draft_card(trained, job.product, records, sources, warm, job.creator or "unknown")
-        return self._stores.registry.publish(draft, trained.student)
+        card = self._stores.registry.publish(draft, trained.student)
+        job.remark = few_scores(len(card.calibration_scores), card.false_reject_rate) or ""
+        return card
 
     def _job_settings(self, job: Job) -> TrainingSettings:
         try:
