@@ -70,7 +70,7 @@ class MemoryStream:
     """A consumer; see `workers.stream.FrameStream`.
 
     Attributes:
-        calls: how many calls there were.
+        calls: how many calls there were, reads that found nothing left out.
         fail_at: number of the call that loses the connection, the first is 1.
         executed: whether the server has carried that call out before the connection is lost.
         away: every call fails.
@@ -87,8 +87,7 @@ class MemoryStream:
         """See FrameStream."""
 
         def take() -> list[Entry]:
-            new = [entry for entry in self._server.entries.values() if entry.id not in self._server.owners][:count]
-            return self._deliver(new)
+            return self._deliver(self._new(count))
 
         def wait_and_take() -> list[Entry]:
             found = take()
@@ -97,7 +96,7 @@ class MemoryStream:
                 found = take()
             return found
 
-        return self._call(wait_and_take)
+        return self._call(wait_and_take, counts=bool(self._new(1)))
 
     def recover(self, held: Sequence[Entry], count: int) -> list[Entry]:
         """See FrameStream. Idle is here whatever a dead consumer had, and what got lost on the way to this one."""
@@ -155,6 +154,10 @@ class MemoryStream:
 
         self._call(leave)
 
+    def _new(self, count: int) -> list[Entry]:
+        with self._server.changed:
+            return [entry for entry in self._server.entries.values() if entry.id not in self._server.owners][:count]
+
     def _deliver(self, entries: list[Entry]) -> list[Entry]:
         ids = [entry.id for entry in entries]
         self._server.owners |= dict.fromkeys(ids, self._consumer)
@@ -167,10 +170,10 @@ class MemoryStream:
         self._server.changed.notify_all()
         return removed
 
-    def _call(self, action: Callable[[], T]) -> T:
+    def _call(self, action: Callable[[], T], counts: bool = True) -> T:
         with self._server.changed:
-            self.calls += 1
-            fails = self.calls == self.fail_at
+            self.calls += counts
+            fails = counts and self.calls == self.fail_at
             if self.away or (fails and not self.executed):
                 raise StreamUnavailable("Redis did not answer: connection lost")
             result = action()

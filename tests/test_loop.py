@@ -3,6 +3,7 @@
 import math
 import shutil
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from memory_stream import MemoryServer, MemoryStream
 
 from producers.frame import Frame, Picture
 from workers import loop as loop_module
-from workers.engine import Engine, Request, Resident
+from workers.engine import Engine, Judgement, Request, Resident
 from workers.errors import DeviceFault, StreamUnavailable
 from workers.evidence import dequantised, quantised
 from workers.loop import InspectionLoop
@@ -89,7 +90,8 @@ class Line:
         return self.rows()
 
     def tick_until(self, done: Callable[[], bool]) -> None:
-        for _ in range(2000):
+        until = time.monotonic() + 60
+        while time.monotonic() < until:
             if done():
                 return
             try:
@@ -353,13 +355,13 @@ def test_without_results_nothing_is_acknowledged_and_reading_stops_at_the_bound(
     frames = [new_frame(seq) for seq in range(1, 61)]
     shutil.rmtree(tmp_path / "results" / "segments")
     line.server.add(frames)
-    counts = []
-    while len(counts) < 3 or counts[-1] != counts[-3]:
-        line.loop.tick()
-        counts.append(len(line.server.owners))
-    assert 4 * settings.segment_rows <= counts[-1] <= 4 * settings.segment_rows + 2 * settings.max_batch
+    # nothing is under way any more, and the tick before read nothing: the line went on for as long as there was room
+    line.tick_until(lambda: line.loop.trouble and len(line.server.verdicts) == len(line.server.owners))
+    taken = len(line.server.owners)
+    line.loop.tick()
+    assert len(line.server.owners) == taken
+    assert 4 * settings.segment_rows <= taken <= 4 * settings.segment_rows + 2 * settings.max_batch
     assert line.server.judged.total() == 0
-    assert len(line.server.verdicts) == counts[-1]  # the line goes on for as long as there is room
     assert "No such file or directory" in line.loop.trouble
     assert line.loop.trouble.endswith("; nothing is acknowledged until it can be written")
     (tmp_path / "results" / "segments").mkdir()
@@ -475,6 +477,135 @@ def test_trouble_is_over_when_the_server_is_back_even_if_no_frame_comes(line, mo
     assert troubles == [None, "Redis did not answer: connection lost", None]
 
 
+# --- two batches under way
+
+
+class HeldEngine:
+    """Keeps an engine's batches until the product of their first frame may go; `begun` has those products."""
+
+    def __init__(self, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._judge = engine.judge
+        self._may_go = {product: threading.Event() for product in ("bolt", "nut", "washer")}
+        self.begun: list[str] = []
+        monkeypatch.setattr(engine, "judge", self._wait_and_judge)
+
+    def _wait_and_judge(self, requests: list[Request]) -> list[Judgement]:
+        product = requests[0].resident.card.product
+        self.begun.append(product)
+        assert self._may_go[product].wait(timeout=60)
+        return self._judge(requests)
+
+    def let(self, *products: str) -> None:
+        for product in products:
+            self._may_go[product].set()
+
+
+def batches_of(*products: str) -> list[Frame]:
+    """Frames for one full batch of each product."""
+    size = SETTINGS.max_batch
+    return [new_frame(index + 1, products[index // size]) for index in range(size * len(products))]
+
+
+def test_while_one_batch_is_judged_the_next_waits_with_the_engine_and_no_third(line, monkeypatch):
+    held = HeldEngine(line.engine, monkeypatch)
+    frames = batches_of("bolt", "nut", "washer")
+    line.server.add(frames)
+    line.tick_until(lambda: len(held.begun) == 2)
+    for _ in range(5):
+        line.loop.tick()
+    assert set(held.begun) == {"bolt", "nut"}
+    assert len(line.server.owners) == 2 * SETTINGS.max_batch
+    held.let("bolt")
+    line.tick_until(lambda: "washer" in held.begun)
+    assert [verdict.seq for verdict in line.server.verdicts] == [1, 2, 3, 4]
+    held.let("nut", "washer")
+    line.tick_until(lambda: not line.server.entries)
+    assert_each_once(line, frames)
+
+
+def test_rows_become_durable_while_the_next_batch_is_judged(line, monkeypatch):
+    held = HeldEngine(line.engine, monkeypatch)
+    line.server.add(batches_of("bolt", "nut"))
+    held.let("bolt")
+    line.tick_until(lambda: line.server.judged.total() == SETTINGS.max_batch)
+    assert [row["seq"] for row in line.rows()] == [1, 2, 3, 4]
+    held.let("nut")
+    line.tick_until(lambda: not line.server.entries)
+
+
+def test_batches_end_in_the_order_in_which_they_began(line, monkeypatch):
+    held = HeldEngine(line.engine, monkeypatch)
+    frames = batches_of("bolt", "nut")
+    line.server.add(frames)
+    held.let("nut")  # the second is done first
+    line.tick_until(lambda: len(held.begun) == 2)
+    for _ in range(5):
+        line.loop.tick()
+    assert line.server.verdicts == []
+    held.let("bolt")
+    line.tick_until(lambda: not line.server.entries)
+    assert [verdict.seq for verdict in line.server.verdicts] == [frame.seq for frame in frames]
+
+
+def test_a_frame_that_comes_while_a_batch_is_judged_waits_for_company(line, monkeypatch):
+    held = HeldEngine(line.engine, monkeypatch)
+    frames = [new_frame(1), new_frame(2, "nut"), new_frame(3, "nut")]
+    for count, frame in enumerate(frames, start=1):
+        line.server.add([frame])
+        line.tick_until(lambda count=count: len(line.server.owners) == count and held.begun)
+    line.loop.tick()
+    assert held.begun == ["bolt"]
+    held.let("bolt", "nut")
+    line.tick_until(lambda: not line.server.entries)
+    assert held.begun == ["bolt", "nut"]  # the second and the third frame were one batch
+    assert_each_once(line, frames)
+
+
+def test_the_loop_is_silent_while_the_engine_is(line, monkeypatch):
+    held = HeldEngine(line.engine, monkeypatch)
+    line.server.add([new_frame(1)])
+    line.tick_until(lambda: held.begun)
+    silent_since = line.loop.heartbeat
+    line.stream.away = True
+    with pytest.raises(StreamUnavailable):
+        line.loop.tick()
+    line.stream.away = False
+    line.loop.tick()
+    assert line.loop.heartbeat == silent_since
+    held.let("bolt")
+    line.tick_until(lambda: not line.server.entries)
+    assert line.loop.heartbeat > silent_since
+
+
+def test_frames_with_the_engine_are_kept_from_being_taken_over(line, monkeypatch):
+    held = HeldEngine(line.engine, monkeypatch)
+    line.server.add([new_frame(1)])
+    line.tick_until(lambda: held.begun)
+    recovered = []
+    recover = line.stream.recover
+    monkeypatch.setattr(line.stream, "recover", lambda held, count: recovered.append(held) or recover(held, count))
+    line.tick_until(lambda: recovered)
+    assert [entry.id for entry in recovered[0]] == list(line.server.owners)
+    held.let("bolt")
+    line.tick_until(lambda: not line.server.entries)
+    assert set(line.server.deliveries.values()) == {1}
+
+
+def test_a_device_that_breaks_during_the_second_batch_leaves_the_first_its_verdicts(line, monkeypatch):
+    judge = line.engine.judge
+
+    def break_at_nut(requests: list[Request]) -> list[Judgement]:
+        if requests[0].resident.card.product == "nut":
+            raise DeviceFault("cuda:0 is broken")
+        return judge(requests)
+
+    monkeypatch.setattr(line.engine, "judge", break_at_nut)
+    with pytest.raises(DeviceFault, match="cuda:0 is broken"):
+        line.run(*batches_of("bolt", "nut"))
+    assert [verdict.seq for verdict in line.server.verdicts] == [1, 2, 3, 4]
+    assert len(line.server.entries) >= SETTINGS.max_batch
+
+
 # --- stopping, dying, taking over
 
 
@@ -503,11 +634,12 @@ def test_a_drain_finishes_what_is_held_and_takes_nothing_new(engine, tmp_path):
 
 def test_a_drain_without_server_hands_everything_back(line):
     line.server.add(FRAMES)
-    line.loop.tick()
-    assert (len(line.server.owners), line.server.judged) == (4, {"cam-1": 4})
+    line.tick_until(lambda: line.server.judged == {"cam-1": 4})
+    held = set(line.server.owners)
+    assert held
     line.stream.away = True
     line.loop.drain()
-    assert len(line.server.owners) == 4
+    assert set(line.server.owners) == held
     assert not line.stream.closed
     assert line.server.balanced
 
@@ -518,7 +650,8 @@ def test_a_dead_loops_frames_are_finished_by_the_next(engine, tmp_path):
         MemoryStream(line.server, "dead"), engine, line.residency, line.writer, SETTINGS, replica="dead"
     )
     line.server.add(FRAMES)
-    dead.tick()  # judged and written, and some only read
+    while not line.server.judged:  # some are judged and written, and some only read
+        dead.tick()
     line.server.gone.add("dead")
     line.tick_until(lambda: not line.server.entries)
     assert_each_once(line, FRAMES)

@@ -8,18 +8,16 @@ import logging
 import math
 import threading
 import time
-from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-from models.calibration import is_fail
-from producers.errors import MalformedEntry, UnreadableImage
+from producers.errors import MalformedEntry
 from producers.frame import Frame
-from workers import evidence
 from workers.batching import Batcher
-from workers.decoding import Decoded, make_decoders
-from workers.engine import Engine, Judgement, Request, Resident
-from workers.errors import DeviceFault, NoModel, ResultsUnavailable, StreamUnavailable
-from workers.evidence import FAIL, PASS, UNKNOWN
+from workers.decoding import make_decoders
+from workers.engine import Engine, Resident
+from workers.errors import NoModel, ResultsUnavailable, StreamUnavailable
+from workers.evidence import UNKNOWN
+from workers.judging import Judging, Outcome, Taken
 from workers.residency import Residency
 from workers.results import Row, SegmentWriter, captured_at
 from workers.settings import WorkerSettings
@@ -30,25 +28,6 @@ logger = logging.getLogger(__name__)
 _READ_BLOCK_MS = 50
 _POLL_S = 0.001
 _RETRY_S = 0.5
-
-
-@dataclass(frozen=True, slots=True)
-class _Taken:
-    """An entry on its way: its frame and the image that a decoding thread makes of it."""
-
-    entry: Entry
-    frame: Frame
-    image: "Future[Decoded]"
-    taken_at_ns: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Outcome:
-    """What became of one taken frame."""
-
-    taken: _Taken
-    judgement: Judgement | None
-    reason: str | None
 
 
 class InspectionLoop:
@@ -75,8 +54,9 @@ class InspectionLoop:
     ) -> None:
         self._stream, self._engine, self._residency = stream, engine, residency
         self._results, self._settings, self._replica = results, settings, replica
-        self._batcher: Batcher[_Taken] = Batcher(settings.max_batch, settings.batch_wait_ms / 1e3)
+        self._batcher: Batcher[Taken] = Batcher(settings.max_batch, settings.batch_wait_ms / 1e3)
         self._decoders = make_decoders(settings, engine.device)
+        self._judging = Judging(engine, settings.evidence)
         self._rows: list[Row] = []
         self._row_entries: list[tuple[Entry, Settlement]] = []
         self._durable: list[tuple[Entry, Settlement]] = []
@@ -84,7 +64,6 @@ class InspectionLoop:
         self._rows_since = 0.0
         self._next_commit = 0.0
         self._next_recovery = 0.0
-        self._judge_s = 0.0  # what a batch takes, smoothed
         self.heartbeat = time.monotonic()
         self.judged = 0
         self._away: str | None = None
@@ -105,68 +84,83 @@ class InspectionLoop:
                 self._away = None
             except StreamUnavailable as error:
                 self._away = _logged(str(error), self._away)
-                self.heartbeat = time.monotonic()
+                self._beat()
                 stop.wait(_RETRY_S)
         self.drain()
 
     def tick(self) -> None:
-        """One round: read, judge what is due, commit what is due, recover what others left.
+        """One round: record what was judged, read, send on its way what is due, commit what is due, recover what
+        others left. Waits for a little while if there is nothing to do.
 
         Raises:
             StreamUnavailable: Redis does not answer; everything held is kept, so ticking again is safe.
+            DeviceFault: the device is broken and no further batch can be judged.
         """
-        self.heartbeat = time.monotonic()
+        self._beat()
         self._send()
-        self._read()
-        batch = self._batcher.take(time.monotonic())
-        if batch:
-            self._judge(batch)
+        if self._judging.await_next(0):
+            self._record(self._judging.take())
+        came = self._read()
+        started = self._start()
         if self._commit_is_due():
             self._commit()
         if time.monotonic() >= self._next_recovery:
             self._recover()
+        if not came and not started:
+            self._rest()
 
     def drain(self) -> None:
         """Take nothing new, finish what is held, acknowledge it, leave the group."""
         try:
-            while batch := self._batcher.drain():
-                self._judge(batch)
+            while self._batcher or self._judging:
+                while self._batcher and not self._judging.is_full:
+                    self._judge(self._batcher.drain())
+                self._record(self._judging.take())
             self._send()
             self._commit()
             self._stream.close()
         except StreamUnavailable as error:
             logger.warning("left %d frames to the next replica: %s", len(self._held()), error)
         finally:
+            self._judging.shutdown()
             self._decoders.shutdown()
+
+    def _beat(self) -> None:
+        """Say that the loop is alive. It is not while the engine is silent: a batch that never ends is a fault."""
+        if not self._judging:
+            self.heartbeat = time.monotonic()
+
+    def _rest(self) -> None:
+        """Wait for the batch under way, or for the next one to be due."""
+        if self._judging:
+            self._judging.await_next(max(_POLL_S, self._judging.batch_s / 8))
+        else:
+            time.sleep(min(self._batcher.wait_s(time.monotonic()) or 0.0, _POLL_S))
 
     # --- reading
 
     def _held(self) -> list[Entry]:
-        waiting = [taken.entry for taken in self._batcher.members()]
+        waiting = [taken.entry for taken in self._judging.members() + self._batcher.members()]
         return waiting + [entry for entry, _ in self._row_entries + self._durable]
 
     def _room(self) -> int:
         """How many frames may be taken: one batch decodes while one is judged, and a bounded number of rows
         waits, so that a full disk stops the reading instead of filling the memory.
         """
-        room = 2 * self._settings.max_batch - len(self._batcher)
+        room = 2 * self._settings.max_batch - len(self._batcher) - len(self._judging)
         return min(room, 4 * self._settings.segment_rows - len(self._rows) - len(self._durable))
 
-    def _read(self) -> None:
-        room = self._room()
+    def _read(self) -> bool:
+        """Take what there is room for; False if nothing came."""
+        room, holds_frames = self._room(), len(self._batcher) + len(self._judging) > 0
         if room <= 0:
-            if not len(self._batcher):
+            if not holds_frames:
                 time.sleep(_READ_BLOCK_MS / 1e3)
-            return
-        wait_s = self._batcher.wait_s(time.monotonic())
-        if wait_s is None:
-            self._take(self._stream.read(room, _READ_BLOCK_MS))
-            return
-        # while a batch waits, without blocking: Redis ends blocked reads at its timer only, up to 100 ms late
-        entries = self._stream.read(room, 0)
+            return False
+        # while frames are held, without blocking: Redis ends blocked reads at its timer only, up to 100 ms late
+        entries = self._stream.read(room, 0 if holds_frames else _READ_BLOCK_MS)
         self._take(entries)
-        if not entries:
-            time.sleep(min(wait_s, _POLL_S))
+        return bool(entries)
 
     def _take(self, entries: list[Entry]) -> None:
         malformed: list[tuple[Entry, str]] = []
@@ -178,7 +172,7 @@ class InspectionLoop:
                 continue
             resident = self._engine.resident(frame.product)
             image = self._decoders.submit(frame.picture, resident.card.input_size if resident else None)
-            self._batcher.add(_Taken(entry, frame, image, time.time_ns()), time.monotonic(), self._close_by_s(frame))
+            self._batcher.add(Taken(entry, frame, image, time.time_ns()), time.monotonic(), self._close_by_s(frame))
         for entry, reason in malformed:
             logger.warning("dead-lettered an entry of %s: %s", entry.product, reason)
             self._stream.dead_letter(entry, "?", reason)
@@ -189,30 +183,52 @@ class InspectionLoop:
         if takt_ms is None:
             return math.inf
         left_s = (frame.captured_at_ns - time.time_ns()) / 1e9 + (takt_ms - self._settings.margin_of(takt_ms)) / 1e3
-        return time.monotonic() + left_s - 1.5 * self._judge_s
+        return time.monotonic() + left_s - 1.5 * self._judging.batch_s
 
     # --- judging
 
-    def _judge(self, batch: list[_Taken]) -> None:
-        """Judge a batch, send its verdicts, keep its rows. One row per frame, whatever is wrong with some."""
-        started = time.monotonic()
+    def _start(self) -> bool:
+        """Send a batch on its way if one is due; False if none is. Beside another one only a full one: what came
+        meanwhile rather waits for company than behind it.
+        """
+        if self._judging.is_full or (self._judging and len(self._batcher) < self._settings.max_batch):
+            return False
+        batch = self._batcher.take(time.monotonic())
+        if batch:
+            self._judge(batch)
+        return bool(batch)
+
+    def _judge(self, batch: list[Taken]) -> None:
+        """Have a batch judged by the versions that are in service now: a swap falls between two batches."""
         try:
-            outcomes = self._outcomes(batch)
-        except StreamUnavailable:  # raised before anything was judged
+            residents = self._residents({taken.frame.product for taken in batch})
+        except StreamUnavailable:
             self._batcher.put_back(batch, time.monotonic())
             raise
-        if len(outcomes) != len(batch):
-            raise RuntimeError(f"{len(batch)} frames in, {len(outcomes)} outcomes out")
+        self._judging.start(batch, residents)
+
+    def _residents(self, products: set[str]) -> dict[str, Resident | NoModel]:
+        residents: dict[str, Resident | NoModel] = {}
+        for product in products:
+            try:
+                residents[product] = self._residency.require(product)
+            except NoModel as error:
+                residents[product] = error
+        return residents
+
+    # --- recording
+
+    def _record(self, outcomes: list[Outcome]) -> None:
+        """Send the verdicts of a batch, keep its rows: one for each frame, whatever is wrong with some."""
+        self.heartbeat = time.monotonic()
         if not self._rows:
             self._rows_since = time.monotonic()
         for outcome in outcomes:
             self._unsent.append(_verdict(self._keep(outcome), outcome.taken.entry.id))
-        self.judged += len(batch)
-        took_s = time.monotonic() - started
-        self._judge_s = took_s if not self._judge_s else 0.8 * self._judge_s + 0.2 * took_s
+        self.judged += len(outcomes)
         self._send()
 
-    def _keep(self, outcome: _Outcome) -> Row:
+    def _keep(self, outcome: Outcome) -> Row:
         row = self._row(outcome)
         self._rows.append(row)
         entry, frame = outcome.taken.entry, outcome.taken.frame
@@ -238,79 +254,19 @@ class InspectionLoop:
             self._rows[index] = replace(row, verdict=UNKNOWN, reason=row.reason or reason)
             self._row_entries[index] = entry, replace(settlement, verdict=UNKNOWN)
 
-    def _outcomes(self, batch: list[_Taken]) -> list[_Outcome]:
-        residents = self._residents({taken.frame.product for taken in batch})
-        requests: dict[int, Request] = {}
-        reasons: dict[int, str] = {}
-        for index, taken in enumerate(batch):
-            resident = residents[taken.frame.product]
-            if isinstance(resident, NoModel):
-                reasons[index] = str(resident)
-                continue
-            try:
-                image = taken.image.result().for_input(resident.card.input_size)
-                requests[index] = Request(resident, image)
-            except UnreadableImage as error:
-                reasons[index] = str(error)
-        judgements = self._engine_outcomes(requests, reasons)
-        return [_Outcome(taken, judgements.get(i), reasons.get(i)) for i, taken in enumerate(batch)]
-
-    def _residents(self, products: set[str]) -> dict[str, Resident | NoModel]:
-        """The version of each product, looked up once a batch: a swap falls between two batches."""
-        residents: dict[str, Resident | NoModel] = {}
-        for product in products:
-            try:
-                residents[product] = self._residency.require(product)
-            except NoModel as error:
-                residents[product] = error
-        return residents
-
-    def _engine_outcomes(self, requests: dict[int, Request], reasons: dict[int, str]) -> dict[int, Judgement]:
-        """Judgements by index; frames that the engine cannot judge get their reason instead."""
-        if not requests:
-            return {}
-        try:
-            judged = dict(zip(requests, self._engine.judge(list(requests.values())), strict=True))
-        except DeviceFault:  # nothing can be judged here any more: another process takes these entries over
-            raise
-        except Exception:  # a model's failure must not take its neighbours down: try each frame alone
-            logger.exception("a batch of %d frames failed, judging its frames one by one", len(requests))
-            judged = {}
-            for index, request in requests.items():
-                try:
-                    judged[index] = self._engine.judge([request])[0]
-                except DeviceFault:
-                    raise
-                except Exception as error:
-                    reasons[index] = f"the engine failed: {type(error).__name__}: {error}".splitlines()[0]
-        for index in [index for index, judgement in judged.items() if not math.isfinite(judgement.score)]:
-            reasons[index] = f"the score of version {judged[index].card.version} is not a finite number"
-        return judged
-
-    def _row(self, outcome: _Outcome) -> Row:
+    def _row(self, outcome: Outcome) -> Row:
         taken, judgement, frame = outcome.taken, outcome.judgement, outcome.taken.frame
         card = judgement.card if judgement else None
-        known = judgement is not None and outcome.reason is None
-        score = judgement.score if judgement and known else None
-        threshold = card.threshold if card else None
-        verdict = UNKNOWN
-        if score is not None and threshold is not None:
-            verdict = FAIL if is_fail(score, threshold) else PASS
-        map_u8 = low = high = jpeg = None
-        if evidence.is_kept(frame, verdict, score or 0.0, threshold or 0.0, self._settings.evidence):
-            if judgement and known:
-                map_u8, low, high = evidence.quantised(judgement.anomaly_map)
-            if taken.image.exception() is None:
-                jpeg = evidence.image_jpeg(frame.picture, taken.image.result().image)
+        map_u8, low, high = outcome.map or (None, None, None)
         return Row(
             frame_id=frame.frame_id,
             product=frame.product,
             camera=frame.camera,
             seq=frame.seq,
             captured_at=captured_at(frame.captured_at_ns),
-            verdict=verdict,
-            score=score,
-            threshold=threshold,
+            verdict=outcome.verdict,
+            score=outcome.score,
+            threshold=card.threshold if card else None,
             model_version=card.version if card else None,
             detector=card.detector.name if card else None,
             reason=outcome.reason,
@@ -321,10 +277,8 @@ class InspectionLoop:
             map_u8=map_u8,
             map_min=low,
             map_max=high,
-            image_jpeg=jpeg,
+            image_jpeg=outcome.image_jpeg,
         )
-
-    # --- recording
 
     def _commit_is_due(self) -> bool:
         now = time.monotonic()
