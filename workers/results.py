@@ -8,7 +8,7 @@ least once, so two segments may hold the same frame; the compactor and `workers.
 import itertools
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -104,7 +104,7 @@ class SegmentWriter:
         Raises:
             ResultsUnavailable: nothing of the segment became visible.
         """
-        table = pa.Table.from_pylist([asdict(row) for row in rows], SCHEMA)
+        table = _table(rows)
         name = f"{time.time_ns():020d}-{self._replica}-{next(self._numbers):08d}.arrow"
         path = f"{self._folder}/{name}"
         try:
@@ -112,6 +112,11 @@ class SegmentWriter:
         except OSError as error:
             raise ResultsUnavailable(f"cannot write results to {self._folder}: {error}") from None
         return path
+
+
+def _table(rows: Sequence[Row]) -> pa.Table:
+    columns = [pa.array([getattr(row, field.name) for row in rows], field.type) for field in SCHEMA]
+    return pa.Table.from_arrays(columns, schema=SCHEMA)
 
 
 def _write_table(table: pa.Table, sink: object) -> None:
