@@ -14,7 +14,7 @@ from PIL import Image, UnidentifiedImageError
 from pydantic import BaseModel, ConfigDict
 
 from models.errors import TrainingDataError
-from models.preprocess import fit_to_input
+from models.preprocess import fit_to_input, least_side
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 MAX_PIXELS = 64_000_000
@@ -104,7 +104,7 @@ def read_training_images(paths: Sequence[Path], size: int) -> tuple[np.ndarray, 
     records = []
     for index, path in enumerate(paths):
         data = _read_bytes(path)
-        images[index] = fit_to_input(_decode(data, str(path)), size)
+        images[index] = fit_to_input(_decode(data, str(path), least_side(size)), size)
         records.append(TrainingImage(id=path.name, sha256=hashlib.sha256(data).hexdigest()))
     return images, records
 
@@ -119,8 +119,10 @@ def _read_bytes(path: Path) -> bytes:
     return data
 
 
-def _decode(data: bytes, name: str) -> np.ndarray:
+def _decode(data: bytes, name: str, at_least: int | None = None) -> np.ndarray:
     with _opened(data, name) as image:
+        if at_least is not None:  # of JPEGs alone, and to the pixel what `producers.frame` does
+            image.draft("RGB", (at_least, at_least))
         return _to_rgb(image, name)
 
 

@@ -8,6 +8,18 @@ import numpy as np
 from models.errors import ModelError
 
 
+def least_side(size: int) -> int:
+    """Return how many pixels the shorter side of a JPEG must keep that is reduced while it is decoded.
+
+    Twice the input: what is fitted then is an average of two pixels at least, as it is of the whole image. In training
+    and in serving the same images are reduced alike.
+
+    Args:
+        size: Side of a network's input in pixels.
+    """
+    return 2 * size
+
+
 def fit_to_input(image: np.ndarray, size: int) -> np.ndarray:
     """Resize the whole image to a square; the aspect ratio is not kept, so nothing is cut off.
 

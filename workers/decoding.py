@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import cv2
@@ -12,7 +14,7 @@ import torch
 from torch import Tensor
 
 from models.errors import ModelError
-from models.preprocess import fit_to_input
+from models.preprocess import fit_to_input, least_side
 from producers.frame import Picture
 from workers.settings import WorkerSettings
 
@@ -22,16 +24,21 @@ class Decoded:
     """A picture's image.
 
     Attributes:
-        image: (H, W, 3) uint8 RGB, an array on the host or a tensor on the engine's device.
+        image: (H, W, 3) uint8 RGB, an array on the host or a tensor on the engine's device; a JPEG on the host may be
+            reduced, see `Picture.decode`.
         fitted: the same, (S, S, 3), where a size was asked for and the image is on the host.
+        whole: decodes the picture anew where `image` is reduced.
     """
 
     image: np.ndarray | Tensor
     fitted: np.ndarray | None = None
+    whole: Callable[[], np.ndarray] | None = None
 
     def for_input(self, size: int) -> np.ndarray | Tensor:
         """Return the fitted image if it has that size, else the whole one, which the engine fits by itself."""
-        return self.image if self.fitted is None or len(self.fitted) != size else self.fitted
+        if self.fitted is not None and len(self.fitted) == size:
+            return self.fitted
+        return self.image if self.whole is None else self.whole()
 
 
 class Decoders(Protocol):
@@ -69,11 +76,14 @@ class CpuDecoders:
         self._threads.shutdown()
 
     def _decode(self, picture: Picture, size: int | None) -> Decoded:
-        image = picture.decode(self._max_pixels)
+        if size is None:
+            return Decoded(picture.decode(self._max_pixels))
+        image = picture.decode(self._max_pixels, least_side(size))
+        whole = None if image.shape[:2] == picture.shape[:2] else partial(picture.decode, self._max_pixels)
         try:
-            return Decoded(image, None if size is None else fit_to_input(image, size))
+            return Decoded(image, fit_to_input(image, size), whole)
         except (ModelError, cv2.error):  # the engine meets the same, and says it of this frame alone
-            return Decoded(image)
+            return Decoded(image, None, whole)
 
 
 def make_decoders(settings: WorkerSettings, device: torch.device) -> Decoders:

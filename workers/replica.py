@@ -16,6 +16,7 @@ import torch
 
 from models.calibration import is_fail
 from models.errors import ModelError
+from models.preprocess import least_side
 from models.registry import Registry
 from producers.errors import UnreadableImage
 from producers.frame import Picture, header_size
@@ -133,7 +134,8 @@ class Replica:
         try:
             height, width = header_size(data)
             picture = Picture("jpeg" if data[:2] == b"\xff\xd8" else "png", (height, width, 3), data)
-            image = picture.decode(int(self._settings.max_megapixels * 1e6))
+            at_least = least_side(resident.card.input_size)
+            image = picture.decode(int(self._settings.max_megapixels * 1e6), at_least)
         except UnreadableImage as error:
             return answer | {"verdict": UNKNOWN, "score": None, "map": None, "reason": str(error)}
         judgement = self._engine.judge([Request(resident, image)])[0]

@@ -17,7 +17,7 @@ from models.cards import DetectorRecord, ModelCard
 from models.detectors import make_detector
 from models.errors import ModelError, TrainingDataError, TrainingStoppedError
 from models.images import TrainingImage, list_images, read_training_images
-from models.preprocess import fit_to_input
+from models.preprocess import fit_to_input, least_side
 from models.registry import Registry
 from models.settings import TrainingSettings
 from models.teachers import Teacher, load_teacher
@@ -175,7 +175,7 @@ class Trainer:
         for index, approval in enumerate(approvals):
             data = self._stores.approvals.image(approval)
             try:
-                image = Picture("jpeg", (*header_size(data), 3), data).decode()
+                image = Picture("jpeg", (*header_size(data), 3), data).decode(at_least=least_side(size))
             except UnreadableImage as error:
                 raise TrainingDataError(f"the approved image of {approval.frame_id} is unreadable: {error}") from None
             approved[index] = fit_to_input(image, size)
