@@ -55,6 +55,10 @@ class Cameras:
     Args:
         url: of the server.
         given: what the cameras see.
+
+    Attributes:
+        bytes_per_frame: of the pictures.
+        cpu_s: processor time of the orders that were answered.
     """
 
     def __init__(self, url: str, given: Input) -> None:
@@ -62,6 +66,7 @@ class Cameras:
         command = [sys.executable, "-m", "benchmarks.cameras"]
         self._process = subprocess.Popen(command, cwd=home, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self._tell({"url": url, "codec": given.codec, "size": given.size})
+        self.cpu_s = 0.0
         self.bytes_per_frame: int = self.answer()["bytes_per_frame"]
 
     def begin(self, order: Order) -> None:
@@ -79,6 +84,7 @@ class Cameras:
         if not line:
             raise RuntimeError(f"the cameras' process ended with status {self._process.wait()}")
         answer: dict[str, Any] = json.loads(line)
+        self.cpu_s += answer.get("cpu_s", 0.0)
         return answer
 
     def publish(self, order: Order) -> float:
@@ -108,12 +114,12 @@ def main() -> None:
     sequence = Sequence()
     for line in sys.stdin:
         order = Order(**json.loads(line))
-        started = time.perf_counter()
+        started, used = time.perf_counter(), time.process_time()
         if order.plain:
             _publish_plain(redis.Redis.from_url(given["url"]), order, pictures)
         else:
             _publish(given["url"], order, pictures, sequence)
-        _reply({"seconds": time.perf_counter() - started})
+        _reply({"seconds": time.perf_counter() - started, "cpu_s": time.process_time() - used})
 
 
 def _publish(url: str, order: Order, pictures: list[Picture], sequence: Sequence) -> None:

@@ -96,6 +96,7 @@ class _Instant:
     """An engine that gives every frame one judgement at once."""
 
     def __init__(self, engine: Engine) -> None:
+        self.device, self.resident = engine.device, engine.resident
         resident = engine.resident(_PRODUCT)
         assert resident is not None
         (self._judgement,) = engine.judge([Request(resident, np.zeros((_SIZE, _SIZE, 3), np.uint8))])

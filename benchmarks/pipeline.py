@@ -9,12 +9,19 @@ Two cameras in a process of their own publish JPEG of 256 x 256, JPEG of 1024 x 
 may. Measured for each input: every stage alone, with the threads that it has in the loop; what the loop does end to
 end, from the first publish to the last acknowledgement; and the latency from capture to verdict at half of that,
 beside two full batches of the engine plus 5 ms. All frames pass, so 2 % of the rows have map and image.
+
+Where there are few cores the stages take them from each other. So the processor time of each stage alone is measured
+too, that of cameras, server and worker together; what the machine's cores allow is their number divided by the sum for
+a frame, and the loop's bound is this or the slowest stage, whichever is less.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +41,11 @@ from workers.engine import Budget, Engine
 from workers.pointers import Pointers
 from workers.residency import Residency
 from workers.settings import WorkerSettings
+from workers.stream import Entry
 
 _ROUNDS = 3
 _HELD_BYTES = 128 * 2**20
+_IN_FLIGHT = 1024  # so that no camera waits for the rows that are written every 200 ms
 _SLACK_MS = 5.0
 
 
@@ -45,12 +54,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--frames", type=int, default=2000, help="frames of each measurement")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of the engine; 1 is a replica's default")
+    parser.add_argument(
+        "--decode-threads", type=int, default=WorkerSettings().decode_threads, help="threads that decode"
+    )
     parser.add_argument("--gpu-decode", action="store_true", help="the GPU decodes JPEGs, where there is one")
     parser.add_argument("--quick", action="store_true", help="whether it works, in seconds; no figure to quote")
     parser.add_argument("--json", type=Path, help="where the document goes, beside standard output")
     parser.add_argument("--plot", type=Path, help="picture to draw")
     options = parser.parse_args()
-    document = measure(options.frames, options.threads, options.quick, say, options.gpu_decode)
+    settings = WorkerSettings(gpu_decode=options.gpu_decode, decode_threads=options.decode_threads)
+    document = measure(options.frames, options.threads, options.quick, say, settings)
     if options.plot:
         from benchmarks.plots import plot_pipeline
 
@@ -58,7 +71,7 @@ def main() -> None:
     write(document, options.json)
 
 
-def measure(frames: int, threads: int, quick: bool, say: Say, gpu_decode: bool = False) -> dict[str, Any]:
+def measure(frames: int, threads: int, quick: bool, say: Say, settings: WorkerSettings | None = None) -> dict[str, Any]:
     """Measure every input; return the document, the first input's figures at its top.
 
     Args:
@@ -66,17 +79,24 @@ def measure(frames: int, threads: int, quick: bool, say: Say, gpu_decode: bool =
         threads: of the engine, on a CPU.
         quick: few frames and one round.
         say: told each step.
-        gpu_decode: whether the GPU decodes JPEGs, where there is one.
+        settings: of the worker; the default ones if None.
     """
     frames, rounds = (16, 1) if quick else (frames, _ROUNDS)
-    settings = WorkerSettings(gpu_decode=gpu_decode)
+    settings = settings or WorkerSettings()
     with tempfile.TemporaryDirectory() as path, EmbeddedServer.start(Path(path) / "redis") as valkey:
         folder = Path(path)
         say(f"{DEFAULT.detector}, {DEFAULT.teacher}, {DEFAULT.size}²: into service")
         engine, residency = _service(folder, valkey.url, Budget(settings.max_batch, threads, compiled=not quick))
         line = Line(valkey.url, folder, engine, residency, settings)
         rows = [_measure(line, each, frames, rounds, say) for each in INPUTS]
-    top = ("slowest_stage", "slowest_fps", "loop_to_slowest", "latency_ms_at_half_load", "latency_bound_ms")
+    top = (
+        "slowest_stage",
+        "slowest_fps",
+        "loop_to_slowest",
+        "loop_to_bound",
+        "latency_ms_at_half_load",
+        "latency_bound_ms",
+    )
     return {
         "input": rows[0]["input"],
         "loop_fps": rows[0]["loop_fps"],
@@ -113,49 +133,80 @@ def _service(folder: Path, url: str, budget: Budget) -> tuple[Engine, Residency]
 
 def _measure(line: Line, given: Input, frames: int, rounds: int, say: Say) -> dict[str, Any]:
     with Cameras(line.url, given) as cameras:
+        size = cameras.bytes_per_frame
+        held = min(frames, _HELD_BYTES // size)  # all in the server at once
+        in_flight = min(_IN_FLIGHT, _HELD_BYTES // size)
         say(f"{given.name}: the loop warms up")
         line.run(cameras, Order(PRODUCT, max(8, frames // 10)))
-        stages: dict[str, list[float]] = {}
+        alone: list[dict[str, tuple[float, float]]] = []
         loop: list[float] = []
         for number in range(rounds):
             say(f"{given.name}: round {number + 1} of {rounds}, each stage alone, then the loop")
-            for name, fps in _stages(line, cameras, given, frames).items():
-                stages.setdefault(name, []).append(fps)
-            loop.append(line.run(cameras, Order(PRODUCT, frames))[0])
+            alone.append(_stages(line, cameras, given, frames, held))
+            loop.append(line.run(cameras, Order(PRODUCT, frames, max_in_flight=in_flight))[0])
         loop_fps = float(np.median(loop))
         say(f"{given.name}: latency at {loop_fps / 2:.0f} frames/s")
-        _, latency_ms = line.run(cameras, Order(PRODUCT, frames // 2, fps=loop_fps / 2))
-        size = cameras.bytes_per_frame
-    return {"input": given.name, "bytes_per_frame": size, "loop_fps": round(loop_fps, 1)} | _figures(
-        line, {name: round(float(np.median(fps)), 1) for name, fps in stages.items()}, round(loop_fps, 1), latency_ms
+        _, latency_ms = line.run(cameras, Order(PRODUCT, frames // 2, fps=loop_fps / 2, max_in_flight=in_flight))
+    fps, cpu_ms = (
+        {name: round(float(np.median([stages[name][which] for stages in alone])), digits) for name in alone[0]}
+        for which, digits in ((0, 1), (1, 3))
     )
+    return {
+        "input": given.name,
+        "bytes_per_frame": size,
+        "in_flight": in_flight,
+        "loop_fps": round(loop_fps, 1),
+    } | _figures(line, fps, cpu_ms, round(loop_fps, 1), latency_ms)
 
 
-def _stages(line: Line, cameras: Cameras, given: Input, frames: int) -> dict[str, float]:
-    """Frames a second of each stage alone; what was published is then read, recorded and settled."""
-    stream = line.stream()
-    held = min(frames, _HELD_BYTES // cameras.bytes_per_frame)  # all in the server at once
-    publish_fps = publishing(cameras, held)
-    read_fps, entries = reading(line, stream, held)
-    record_fps = recording(line, stream, entries, DEFAULT.size)
+def _stages(line: Line, cameras: Cameras, given: Input, frames: int, held: int) -> dict[str, tuple[float, float]]:
+    """Frames a second and processor milliseconds a frame of each stage alone; the `held` frames that are published are
+    then read, recorded and settled.
+    """
+    stream, server = line.stream(), redis.Redis.from_url(line.url)
+    stages: dict[str, tuple[float, float]] = {}
+
+    def used_s() -> float:
+        usage: Any = server.info("cpu")
+        return time.process_time() + cameras.cpu_s + usage["used_cpu_user"] + usage["used_cpu_sys"]
+
+    def alone(name: str, count: int, run: Callable[[], float]) -> None:
+        before = used_s()
+        fps = run()
+        stages[name] = fps, (used_s() - before) / count * 1e3
+
+    entries: list[Entry] = []
+
+    def read() -> float:
+        fps, found = reading(line, stream, held)
+        entries.extend(found)
+        return fps
+
+    batch = line.settings.max_batch
+    judged = textures(PICTURES, DEFAULT.size)
+    alone("publish", held, lambda: publishing(cameras, held))
+    alone("read", held, read)
+    alone("record", held, lambda: recording(line, stream, entries, DEFAULT.size))
+    alone("decode", frames, lambda: decoding(line, given.pictures(), frames, DEFAULT.size))
+    alone("engine", (max(2, frames // batch) + 1) * batch, lambda: engine_alone(line.engine, judged, batch, frames))
     stream.close()
-    return {
-        "publish": publish_fps,
-        "read": read_fps,
-        "decode": decoding(line, given.pictures(), frames, DEFAULT.size),
-        "engine": engine_alone(line.engine, textures(PICTURES, DEFAULT.size), line.settings.max_batch, frames),
-        "record": record_fps,
-    }
+    return stages
 
 
-def _figures(line: Line, stages: dict[str, float], loop_fps: float, latency_ms: np.ndarray) -> dict[str, Any]:
-    slowest = min(stages, key=lambda name: stages[name])
-    batch_ms = line.settings.max_batch / stages["engine"] * 1e3
+def _figures(
+    line: Line, fps: dict[str, float], cpu_ms: dict[str, float], loop_fps: float, latency_ms: np.ndarray
+) -> dict[str, Any]:
+    slowest = min(fps, key=lambda name: fps[name])
+    batch_ms = line.settings.max_batch / fps["engine"] * 1e3
+    cores_fps = round((os.cpu_count() or 1) / sum(cpu_ms.values()) * 1e3, 1)
     return {
-        "stages_fps": stages,
+        "stages_fps": fps,
         "slowest_stage": slowest,
-        "slowest_fps": stages[slowest],
-        "loop_to_slowest": ratio(loop_fps, stages[slowest]),
+        "slowest_fps": fps[slowest],
+        "loop_to_slowest": ratio(loop_fps, fps[slowest]),
+        "cpu_ms_per_frame": cpu_ms,
+        "cores_fps": cores_fps,
+        "loop_to_bound": ratio(loop_fps, min(cores_fps, fps[slowest])),
         "batch_ms": round(batch_ms, 2),
         "latency_ms_at_half_load": {f"p{p}": round(float(np.percentile(latency_ms, p)), 2) for p in (50, 99)},
         "latency_bound_ms": round(2 * batch_ms + _SLACK_MS, 2),

@@ -61,13 +61,14 @@ def stream_table(document: Document) -> Table:
 def pipeline_table(document: Document) -> Table:
     """A row for each input: the loop beside each stage alone."""
     stages = tuple(document["rows"][0]["stages_fps"])
-    names = ("input", *stages, "loop", "of the slowest", "p50 ms", "p99 ms", "bound ms")
+    names = ("input", *stages, "loop", "of the slowest", "of the bound", "p50 ms", "p99 ms", "bound ms")
     rows = [
         (
             row["input"],
             *(f"{row['stages_fps'][stage]:,.0f}" for stage in stages),
             f"{row['loop_fps']:,.0f}",
             _of(row["loop_to_slowest"]),
+            _of(row["loop_to_bound"]),
             *_latency(row),
             f"{row['latency_bound_ms']:.1f}",
         )

@@ -70,6 +70,9 @@ def test_pipeline(tmp_path):
     for row in found["rows"]:
         assert row["stages_fps"].keys() == {"publish", "read", "decode", "engine", "record"}
         assert row["slowest_fps"] == min(row["stages_fps"].values()) == row["stages_fps"][row["slowest_stage"]]
+        assert row["cpu_ms_per_frame"].keys() == row["stages_fps"].keys()
+        assert min(row["cpu_ms_per_frame"].values()) > 0
+        check_ratio(row | {"bound": min(row["cores_fps"], row["slowest_fps"])}, "loop_to_bound", "loop_fps", "bound")
         assert row["latency_bound_ms"] == pytest.approx(2 * row["batch_ms"] + 5, abs=0.02)
     assert picture.read_bytes().startswith(PNG)
 
