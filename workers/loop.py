@@ -309,7 +309,10 @@ class InspectionLoop:
 
     def _recover(self) -> None:
         # a third of the idle limit: an entry held here is refreshed at least twice before another may take it
-        self._next_recovery = time.monotonic() + min(1.0, self._settings.claim_idle_ms / 3e3)
+        idle_s = self._settings.claim_idle_ms / 1e3
+        self._next_recovery = time.monotonic() + min(1.0, idle_s / 3)
+        if time.monotonic() - self.heartbeat > idle_s:  # the engine hangs: let others take over what is held here
+            return
         room = max(0, self._room())
         entries = self._stream.recover(self._held(), room)
         if entries and len(entries) >= room:  # there may be more
