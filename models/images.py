@@ -121,7 +121,7 @@ def _read_bytes(path: Path) -> bytes:
 
 def _decode(data: bytes, name: str, at_least: int | None = None) -> np.ndarray:
     with _opened(data, name) as image:
-        if at_least is not None:  # of JPEGs alone, and to the pixel what `producers.frame` does
+        if at_least is not None:  # of JPEGs alone, by the same rule as `producers.frame` and to the same pixels
             image.draft("RGB", (at_least, at_least))
         return _to_rgb(image, name)
 

@@ -137,7 +137,7 @@ class Picture:
         reduction = 1
         if self.data.startswith(_JPEG):
             check_jpeg(self.data, height, width)
-            if self.codec == "jpeg" and at_least is not None:
+            if at_least is not None:
                 reduction = _reduction(min(height, width), at_least)
         image = _decode_pixels(self.data, reduction)
         if image is None or image.shape != (math.ceil(height / reduction), math.ceil(width / reduction), 3):

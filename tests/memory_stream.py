@@ -70,8 +70,8 @@ class MemoryStream:
     """A consumer; see `workers.stream.FrameStream`.
 
     Attributes:
-        calls: how many calls there were, reads that found nothing left out.
-        fail_at: number of the call that loses the connection, the first is 1.
+        calls: how many calls of each method there were, reads that found nothing left out.
+        fail_at: the method and the number of its call that loses the connection, the first is 1.
         executed: whether the server has carried that call out before the connection is lost.
         away: every call fails.
         closed: whether the consumer left.
@@ -79,8 +79,9 @@ class MemoryStream:
 
     def __init__(self, server: MemoryServer, consumer: str = "me") -> None:
         self._server, self._consumer = server, consumer
-        self.calls = 0
-        self.fail_at, self.executed = 0, False
+        self.calls = Counter[str]()
+        self.fail_at: tuple[str, int] | None = None
+        self.executed = False
         self.away = self.closed = False
 
     def read(self, count: int, block_ms: int) -> list[Entry]:
@@ -96,7 +97,7 @@ class MemoryStream:
                 found = take()
             return found
 
-        return self._call(wait_and_take, counts=bool(self._new(1)))
+        return self._call("read", wait_and_take, counts=bool(self._new(1)))
 
     def recover(self, held: Sequence[Entry], count: int) -> list[Entry]:
         """See FrameStream. Idle is here whatever a dead consumer had, and what got lost on the way to this one."""
@@ -111,7 +112,7 @@ class MemoryStream:
             ]
             return self._deliver([self._server.entries[entry_id] for entry_id in lost[:count]])
 
-        return self._call(take_over)
+        return self._call("recover", take_over)
 
     def send_verdicts(self, verdicts: Sequence[VerdictMessage]) -> set[str]:
         """See FrameStream."""
@@ -123,7 +124,7 @@ class MemoryStream:
             self._server.journal += [("verdict", verdict.seq) for verdict in new]
             return {each.frame_id for each in verdicts} & self._server.late
 
-        return self._call(send)
+        return self._call("send_verdicts", send)
 
     def settle(self, settlements: Sequence[Settlement]) -> None:
         """See FrameStream."""
@@ -134,7 +135,7 @@ class MemoryStream:
                     self._server.judged[item.camera] += 1
                     self._server.journal.append(("settle", item.seq))
 
-        self._call(acknowledge)
+        self._call("settle", acknowledge)
 
     def dead_letter(self, entry: Entry, camera: str, reason: str) -> None:
         """See FrameStream."""
@@ -144,7 +145,7 @@ class MemoryStream:
                 self._server.dead[camera] += 1
                 self._server.reasons.append(reason)
 
-        self._call(move)
+        self._call("dead_letter", move)
 
     def close(self) -> None:
         """See FrameStream."""
@@ -152,7 +153,7 @@ class MemoryStream:
         def leave() -> None:
             self.closed = self._consumer not in self._server.owners.values()
 
-        self._call(leave)
+        self._call("close", leave)
 
     def _new(self, count: int) -> list[Entry]:
         with self._server.changed:
@@ -170,10 +171,10 @@ class MemoryStream:
         self._server.changed.notify_all()
         return removed
 
-    def _call(self, action: Callable[[], T], counts: bool = True) -> T:
+    def _call(self, method: str, action: Callable[[], T], counts: bool = True) -> T:
         with self._server.changed:
-            self.calls += counts
-            fails = counts and self.calls == self.fail_at
+            self.calls[method] += counts
+            fails = counts and (method, self.calls[method]) == self.fail_at
             if self.away or (fails and not self.executed):
                 raise StreamUnavailable("Redis did not answer: connection lost")
             result = action()

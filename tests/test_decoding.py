@@ -40,7 +40,14 @@ def test_a_large_jpeg_is_reduced_while_it_is_decoded(decoders):
     np.testing.assert_array_equal(decoded.for_input(32), fit_to_input(picture.decode(at_least=64), 32))
     assert np.abs(decoded.for_input(32).astype(int) - fit_to_input(picture.decode(), 32)).max() <= 3
     # a version with another input came between decoding and judging
+    np.testing.assert_array_equal(decoded.for_input(120), picture.decode(at_least=240))
     np.testing.assert_array_equal(decoded.for_input(300), picture.decode())
+
+
+def test_the_first_frame_of_a_product_is_reduced_as_the_next_ones(decoders):
+    picture = Picture.encode(texture(3, 480, 640))
+    image = decoders.submit(picture, None).result().for_input(32)
+    np.testing.assert_array_equal(image, picture.decode(at_least=64))
 
 
 def test_training_sees_a_large_jpeg_as_serving_does(decoders, tmp_path):

@@ -1,5 +1,6 @@
 """The loop: every frame one row, a verdict first, acknowledged last, whatever fails in between."""
 
+import itertools
 import math
 import shutil
 import threading
@@ -145,7 +146,7 @@ def test_a_late_verdict_survives_a_lost_connection(engine, tmp_path):
     line = Line(engine, str(tmp_path / "results"))
     frame = new_frame(1, product="nut")
     line.server.late.add(frame.frame_id)
-    line.stream.fail_at, line.stream.executed = 2, True  # the verdict is sent, its reply lost
+    line.stream.fail_at, line.stream.executed = ("send_verdicts", 1), True  # the reply is lost
     (row,) = line.run(frame)
     assert (row["verdict"], row["reason"]) == ("unknown", "late")
     line.loop.drain()
@@ -386,12 +387,19 @@ FRAMES = [new_frame(seq, product) for seq, product in enumerate(["bolt", "nut"] 
 
 
 @pytest.mark.parametrize("executed", [False, True], ids=["request lost", "reply lost"])
-@pytest.mark.parametrize("call", range(1, 15))
-def test_a_connection_lost_at_any_call_loses_and_doubles_nothing(line, call, executed):
-    line.stream.fail_at, line.stream.executed = call, executed
+@pytest.mark.parametrize(
+    ("method", "call"),
+    [
+        *itertools.product(["read", "recover"], [1, 2]),
+        *itertools.product(["send_verdicts", "settle"], [1, 2, 3]),
+        ("dead_letter", 1),
+    ],
+)
+def test_a_connection_lost_at_any_call_loses_and_doubles_nothing(line, method, call, executed):
+    line.stream.fail_at, line.stream.executed = (method, call), executed
     line.server.add_fields("bolt", {b"no": b"frame"})
     line.server.add(FRAMES)
-    line.tick_until(lambda: not line.server.entries and line.stream.calls >= call)
+    line.tick_until(lambda: not line.server.entries and line.stream.calls[method] >= call)
     assert {row["frame_id"] for row in line.rows()} == {frame.frame_id for frame in FRAMES}
     assert len(line.rows()) == len(FRAMES)
     assert (line.server.judged, line.server.dead) == ({"cam-1": 10}, {"?": 1})
@@ -462,7 +470,7 @@ def test_a_running_loop_waits_for_a_lost_server_and_says_so(line, monkeypatch):
 def test_trouble_is_over_when_the_server_is_back_even_if_no_frame_comes(line, monkeypatch):
     monkeypatch.setattr(loop_module, "_RETRY_S", 0.0)
     monkeypatch.setattr(loop_module, "_READ_BLOCK_MS", 1)
-    line.stream.fail_at = 1
+    line.stream.fail_at = ("recover", 1)
     stop = threading.Event()
     troubles = []
 
@@ -545,6 +553,8 @@ def test_batches_end_in_the_order_in_which_they_began(line, monkeypatch):
     held.let("bolt")
     line.tick_until(lambda: not line.server.entries)
     assert [verdict.seq for verdict in line.server.verdicts] == [frame.seq for frame in frames]
+    line.server.add([new_frame(100)])  # what the second batch took is not less than nothing
+    line.tick_until(lambda: not line.server.entries)
 
 
 def test_a_frame_that_comes_while_a_batch_is_judged_waits_for_company(line, monkeypatch):
@@ -577,7 +587,8 @@ def test_the_loop_is_silent_while_the_engine_is(line, monkeypatch):
     assert line.loop.heartbeat > silent_since
 
 
-def test_frames_with_the_engine_are_kept_from_being_taken_over(line, monkeypatch):
+def test_frames_with_the_engine_are_kept_from_being_taken_over(engine, tmp_path, monkeypatch):
+    line = Line(engine, str(tmp_path / "results"), SETTINGS.model_copy(update={"claim_idle_ms": 600_000}))
     held = HeldEngine(line.engine, monkeypatch)
     line.server.add([new_frame(1)])
     line.tick_until(lambda: held.begun)
@@ -589,6 +600,45 @@ def test_frames_with_the_engine_are_kept_from_being_taken_over(line, monkeypatch
     held.let("bolt")
     line.tick_until(lambda: not line.server.entries)
     assert set(line.server.deliveries.values()) == {1}
+    line.loop.drain()
+
+
+def test_a_lost_server_is_no_hanging_engine(line, monkeypatch):
+    held = HeldEngine(line.engine, monkeypatch)
+    line.server.add(batches_of("bolt", "nut"))
+    line.tick_until(lambda: len(held.begun) == 2)
+    line.stream.away = True
+    held.let("bolt", "nut")
+    heartbeats = set()
+    until = time.monotonic() + 60
+    while len(heartbeats) < 10 and time.monotonic() < until:
+        try:
+            line.loop.tick()
+        except StreamUnavailable:
+            heartbeats.add(line.loop.heartbeat)
+    assert len(heartbeats) == 10
+    line.stream.away = False
+    line.tick_until(lambda: not line.server.entries)
+    assert_each_once(line, batches_of("bolt", "nut"))
+
+
+def test_verdicts_do_not_wait_for_another_version_to_be_loaded(registry, versions, tmp_path, monkeypatch):
+    engine = Engine(registry, "cpu", dtype=torch.float32)
+    engine.install(engine.build("bolt", versions.bolt.version))
+    current = {"bolt": versions.bolt.version, "nut": versions.nut.version}
+    line = Line(engine, str(tmp_path / "results"), pointers=FixedPointers(current))
+    build, verdicts_then = engine.build, []
+
+    def noting(product: str, version: str) -> Resident:
+        verdicts_then.append(len(line.server.verdicts))
+        return build(product, version)
+
+    monkeypatch.setattr(engine, "build", noting)
+    frames = batches_of("bolt", "nut")
+    line.run(*frames)
+    assert verdicts_then == [SETTINGS.max_batch]
+    assert_each_once(line, frames)
+    line.loop.drain()
 
 
 def test_frames_of_an_engine_that_hangs_are_left_to_others(line, monkeypatch):
@@ -598,8 +648,10 @@ def test_frames_of_an_engine_that_hangs_are_left_to_others(line, monkeypatch):
     until = line.loop.heartbeat + SETTINGS.claim_idle_ms / 1e3
     line.tick_until(lambda: time.monotonic() > until)
     monkeypatch.setattr(line.stream, "recover", lambda *_: pytest.fail("refreshed"))
+    line.server.add([new_frame(2)])
     until = time.monotonic() + SETTINGS.claim_idle_ms / 1e3
     line.tick_until(lambda: time.monotonic() > until)
+    assert len(line.server.owners) == 1  # and none are added to them
     monkeypatch.undo()
     held.let("bolt")
     line.tick_until(lambda: not line.server.entries)

@@ -307,6 +307,7 @@ def test_a_jpeg_is_kept_as_it_came_and_others_are_coded():
     image = texture(4)
     jpeg = Picture.encode(image)
     assert image_jpeg(jpeg, jpeg.decode()) is jpeg.data
+    assert image_jpeg(replace(jpeg, codec="png"), jpeg.decode()) is jpeg.data  # a file with another's name
     for codec in ("png", "raw"):
         kept = image_jpeg(Picture.encode(image, codec), image)
         np.testing.assert_allclose(Picture("jpeg", (48, 64, 3), kept).decode().astype(int), image, atol=12)

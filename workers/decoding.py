@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from typing import Protocol
 
 import cv2
@@ -27,18 +26,18 @@ class Decoded:
         image: (H, W, 3) uint8 RGB, an array on the host or a tensor on the engine's device; a JPEG on the host may be
             reduced, see `Picture.decode`.
         fitted: the same, (S, S, 3), where a size was asked for and the image is on the host.
-        whole: decodes the picture anew where `image` is reduced.
+        anew: where the image is on the host, decodes it for an input of another size.
     """
 
     image: np.ndarray | Tensor
     fitted: np.ndarray | None = None
-    whole: Callable[[], np.ndarray] | None = None
+    anew: Callable[[int], np.ndarray] | None = None
 
     def for_input(self, size: int) -> np.ndarray | Tensor:
-        """Return the fitted image if it has that size, else the whole one, which the engine fits by itself."""
+        """Return the fitted image if it has that size, else one that the engine fits by itself."""
         if self.fitted is not None and len(self.fitted) == size:
             return self.fitted
-        return self.image if self.whole is None else self.whole()
+        return self.image if self.anew is None else self.anew(size)
 
 
 class Decoders(Protocol):
@@ -76,14 +75,16 @@ class CpuDecoders:
         self._threads.shutdown()
 
     def _decode(self, picture: Picture, size: int | None) -> Decoded:
+        def anew(other: int) -> np.ndarray:
+            return picture.decode(self._max_pixels, least_side(other))
+
         if size is None:
-            return Decoded(picture.decode(self._max_pixels))
-        image = picture.decode(self._max_pixels, least_side(size))
-        whole = None if image.shape[:2] == picture.shape[:2] else partial(picture.decode, self._max_pixels)
+            return Decoded(picture.decode(self._max_pixels), None, anew)
+        image = anew(size)
         try:
-            return Decoded(image, fit_to_input(image, size), whole)
+            return Decoded(image, fit_to_input(image, size), anew)
         except (ModelError, cv2.error):  # the engine meets the same, and says it of this frame alone
-            return Decoded(image, None, whole)
+            return Decoded(image, None, anew)
 
 
 def make_decoders(settings: WorkerSettings, device: torch.device) -> Decoders:

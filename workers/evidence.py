@@ -45,7 +45,7 @@ def image_jpeg(picture: Picture, image: np.ndarray | Tensor) -> bytes | None:
 
     None for an image that no JPEG can hold: line cameras take pictures of more than 65,500 lines.
     """
-    if picture.codec == "jpeg" and picture.data.startswith(b"\xff\xd8"):
+    if picture.codec != "raw" and picture.data.startswith(b"\xff\xd8"):  # some files have another's name
         return picture.data
     try:
         return Picture.encode(image if isinstance(image, np.ndarray) else image.cpu().numpy(), "jpeg").data

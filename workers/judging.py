@@ -9,8 +9,10 @@ import math
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
+from queue import SimpleQueue
+from threading import Thread
 
 from models.calibration import is_fail
 from producers.errors import UnreadableImage
@@ -69,6 +71,7 @@ class _Batch:
     """A batch under way; the result is its outcomes and when they were there, on the steady clock."""
 
     frames: Sequence[Taken]
+    residents: Mapping[str, Resident | NoModel]
     since: float
     result: Future[tuple[list[Outcome], float]]
 
@@ -83,7 +86,11 @@ class Judging:
 
     def __init__(self, engine: Engine, kept: EvidenceSettings) -> None:
         self._engine, self._kept = engine, kept
-        self._threads = ThreadPoolExecutor(_UNDER_WAY, "judge")
+        self._given: SimpleQueue[_Batch | None] = SimpleQueue()
+        # An executor's threads would be waited for at the process's end, and one that the device hangs in has none.
+        self._threads = [Thread(target=self._work, name=f"judge-{n}", daemon=True) for n in range(_UNDER_WAY)]
+        for thread in self._threads:
+            thread.start()
         self._batches: deque[_Batch] = deque()
         self._last_done = 0.0
         self._batch_s = 0.0
@@ -113,8 +120,9 @@ class Judging:
             frames: of the batch.
             residents: of the frames' products: the version that judges, or why there is none.
         """
-        result = self._threads.submit(self._judge, frames, residents)
-        self._batches.append(_Batch(frames, time.monotonic(), result))
+        batch = _Batch(frames, residents, time.monotonic(), Future())
+        self._batches.append(batch)
+        self._given.put(batch)
 
     def await_next(self, timeout_s: float) -> bool:
         """Wait until the oldest batch is done; False if that takes longer or there is none."""
@@ -133,16 +141,26 @@ class Judging:
         outcomes, done = batch.result.result()
         if len(outcomes) != len(batch.frames):
             raise RuntimeError(f"{len(batch.frames)} frames in, {len(outcomes)} outcomes out")
-        took_s = done - max(batch.since, self._last_done)
-        self._last_done = done
+        took_s = max(0.0, done - max(batch.since, self._last_done))  # the one before it may have been done later
+        self._last_done = max(done, self._last_done)
         self._batch_s = took_s if not self._batch_s else 0.8 * self._batch_s + 0.2 * took_s
         return outcomes
 
     def shutdown(self) -> None:
         """End the threads once everything under way is done."""
-        self._threads.shutdown()
+        for _ in self._threads:
+            self._given.put(None)
+        for thread in self._threads:
+            thread.join()
 
     # --- in a thread
+
+    def _work(self) -> None:
+        while (batch := self._given.get()) is not None:
+            try:
+                batch.result.set_result(self._judge(batch.frames, batch.residents))
+            except BaseException as error:  # whoever takes the batch gets it
+                batch.result.set_exception(error)
 
     def _judge(
         self, frames: Sequence[Taken], residents: Mapping[str, Resident | NoModel]

@@ -127,8 +127,14 @@ class InspectionLoop:
 
     def _beat(self) -> None:
         """Say that the loop is alive. It is not while the engine is silent: a batch that never ends is a fault."""
-        if not self._judging:
+        if not self._judging or self._judging.await_next(0):
             self.heartbeat = time.monotonic()
+
+    def _hangs(self) -> bool:
+        """Whether the engine has kept a batch for so long that others shall take over what is held here."""
+        if not self._judging or self._judging.await_next(0):
+            return False
+        return time.monotonic() - self.heartbeat > self._settings.claim_idle_ms / 1e3
 
     def _rest(self) -> None:
         """Wait for the batch under way, or for the next one to be due."""
@@ -144,9 +150,11 @@ class InspectionLoop:
         return waiting + [entry for entry, _ in self._row_entries + self._durable]
 
     def _room(self) -> int:
-        """How many frames may be taken: one batch decodes while one is judged, and a bounded number of rows
-        waits, so that a full disk stops the reading instead of filling the memory.
+        """How many frames may be taken: two batches, judged or waiting for it, and a bounded number of rows that
+        are not durable, so that a full disk stops the reading instead of filling the memory.
         """
+        if self._hangs():
+            return 0
         room = 2 * self._settings.max_batch - len(self._batcher) - len(self._judging)
         return min(room, 4 * self._settings.segment_rows - len(self._rows) - len(self._durable))
 
@@ -188,15 +196,22 @@ class InspectionLoop:
     # --- judging
 
     def _start(self) -> bool:
-        """Send a batch on its way if one is due; False if none is. Beside another one only a full one: what came
-        meanwhile rather waits for company than behind it.
-        """
-        if self._judging.is_full or (self._judging and len(self._batcher) < self._settings.max_batch):
+        """Send a batch on its way if one is due; False if none is."""
+        if self._judging.is_full or (self._judging and not self._may_start_beside()):
             return False
         batch = self._batcher.take(time.monotonic())
         if batch:
             self._judge(batch)
         return bool(batch)
+
+    def _may_start_beside(self) -> bool:
+        """Whether a batch may start beside another one: a full one, as what came meanwhile rather waits for company
+        than behind it, and without a version to load, as the other's verdicts would wait for that.
+        """
+        batch = self._batcher.members()[: self._settings.max_batch]
+        return len(batch) == self._settings.max_batch and all(
+            self._engine.resident(taken.frame.product) for taken in batch
+        )
 
     def _judge(self, batch: list[Taken]) -> None:
         """Have a batch judged by the versions that are in service now: a swap falls between two batches."""
@@ -309,9 +324,8 @@ class InspectionLoop:
 
     def _recover(self) -> None:
         # a third of the idle limit: an entry held here is refreshed at least twice before another may take it
-        idle_s = self._settings.claim_idle_ms / 1e3
-        self._next_recovery = time.monotonic() + min(1.0, idle_s / 3)
-        if time.monotonic() - self.heartbeat > idle_s:  # the engine hangs: let others take over what is held here
+        self._next_recovery = time.monotonic() + min(1.0, self._settings.claim_idle_ms / 3e3)
+        if self._hangs():
             return
         room = max(0, self._room())
         entries = self._stream.recover(self._held(), room)
