@@ -7,6 +7,7 @@ last frame is published. It loads neither PyTorch nor Ray.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -125,6 +126,7 @@ def main() -> None:
 def _publish(url: str, order: Order, pictures: list[Picture], sequence: Sequence) -> None:
     settings = PublisherSettings(max_in_flight=order.max_in_flight, max_in_flight_mb=65536, memory_share=1)
     publishers = [Publisher(redis.Redis.from_url(url), settings) for _ in range(order.cameras)]
+    process = os.getpid()  # numbers begin at the second, and the process before may have begun in the same one
 
     def film(number: int) -> None:
         due = time.perf_counter()
@@ -133,7 +135,9 @@ def _publish(url: str, order: Order, pictures: list[Picture], sequence: Sequence
                 time.sleep(max(0.0, due - time.perf_counter()))
                 due += order.cameras / order.fps
             picture = pictures[index % len(pictures)]
-            publishers[number].publish(Frame(order.product, f"cam-{number}", sequence.next(), time.time_ns(), picture))
+            publishers[number].publish(
+                Frame(order.product, f"cam-{process}-{number}", sequence.next(), time.time_ns(), picture)
+            )
 
     threads = [threading.Thread(target=film, args=(number,)) for number in range(order.cameras)]
     for thread in threads:
