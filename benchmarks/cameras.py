@@ -10,8 +10,8 @@ import json
 import os
 import subprocess
 import sys
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -88,6 +88,11 @@ class Cameras:
         self.cpu_s += answer.get("cpu_s", 0.0)
         return answer
 
+    def check(self) -> None:
+        """Raise RuntimeError if the process has ended: who waits for its frames would wait for ever."""
+        if self._process.poll() is not None:
+            raise RuntimeError(f"the cameras' process ended with status {self._process.returncode}")
+
     def publish(self, order: Order) -> float:
         """Have frames published and wait for the last; return the seconds."""
         self.begin(order)
@@ -139,11 +144,8 @@ def _publish(url: str, order: Order, pictures: list[Picture], sequence: Sequence
                 Frame(order.product, f"cam-{process}-{number}", sequence.next(), time.time_ns(), picture)
             )
 
-    threads = [threading.Thread(target=film, args=(number,)) for number in range(order.cameras)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(order.cameras) as threads:
+        list(threads.map(film, range(order.cameras)))  # what a camera raises ends the process
 
 
 def _publish_plain(server: redis.Redis, order: Order, pictures: list[Picture]) -> None:

@@ -105,6 +105,8 @@ def _ours(url: str, cameras: Cameras, order: Order) -> tuple[float, np.ndarray]:
         latency_ms += [(now - int(entry.fields[b"captured_at_ns"])) / 1e6 for entry in entries]
         if entries:
             stream.settle([_settlement(entry) for entry in entries])
+        else:
+            cameras.check()
     seconds = time.perf_counter() - started
     cameras.answer()
     stream.close()
