@@ -79,7 +79,7 @@ pidfile {pidfile}
 daemonize no
 appendonly yes
 appendfsync {appendfsync}
-auto-aof-rewrite-min-size 512mb
+auto-aof-rewrite-min-size 128mb
 save ""
 maxmemory {maxmemory_mb}mb
 maxmemory-policy noeviction

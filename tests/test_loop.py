@@ -18,6 +18,7 @@ from memory_stream import MemoryServer, MemoryStream
 
 from producers.frame import Frame, Picture
 from workers import loop as loop_module
+from workers import recording as recording_module
 from workers.engine import Engine, Judgement, Request, Resident
 from workers.errors import DeviceFault, StreamUnavailable
 from workers.evidence import dequantised, quantised
@@ -349,7 +350,7 @@ def test_malformed_entries_are_dead_lettered_and_the_others_judged(line):
 
 
 def test_without_results_nothing_is_acknowledged_and_reading_stops_at_the_bound(engine, tmp_path, monkeypatch):
-    monkeypatch.setattr(loop_module, "_RETRY_S", 0.001)
+    monkeypatch.setattr(recording_module, "_RETRY_S", 0.001)
     monkeypatch.setattr(loop_module, "_READ_BLOCK_MS", 1)
     settings = SETTINGS.model_copy(update={"segment_rows": 3})
     line = Line(engine, str(tmp_path / "results"), settings)
@@ -372,13 +373,64 @@ def test_without_results_nothing_is_acknowledged_and_reading_stops_at_the_bound(
     line.loop.drain()
 
 
-def test_a_drain_without_results_hands_everything_back(line, tmp_path):
+def test_a_drain_without_results_hands_everything_back(engine, tmp_path):
+    line = Line(engine, str(tmp_path / "results"))
     shutil.rmtree(tmp_path / "results" / "segments")
     line.server.add(new_frame(seq) for seq in range(1, 4))
     line.loop.tick()
     line.loop.drain()
     assert len(line.server.entries) == 3
     assert not line.stream.closed
+
+
+class SlowDisk:
+    """Begins writes and ends none of them before `free` is set."""
+
+    def __init__(self, writer: JournallingWriter, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.free = threading.Event()
+        self.begun: list[int] = []
+        write = writer.write
+
+        def slow(rows: list[Row]) -> str:
+            self.begun.append(len(rows))
+            assert self.free.wait(60)
+            return write(rows)
+
+        monkeypatch.setattr(writer, "write", slow)
+
+
+def test_verdicts_do_not_wait_for_a_slow_disk(line, monkeypatch):
+    disk = SlowDisk(line.writer, monkeypatch)
+    frames = [new_frame(seq) for seq in range(1, 5)]
+    line.server.add(frames[:1])
+    line.tick_until(lambda: disk.begun)
+    line.server.add(frames[1:])
+    line.tick_until(lambda: len(line.server.verdicts) == 4)
+    assert (disk.begun, line.server.judged.total(), len(line.server.entries)) == ([1], 0, 4)
+    disk.free.set()
+    line.tick_until(lambda: not line.server.entries)
+    assert disk.begun == [1, 3]  # what came meanwhile is one segment
+    assert_each_once(line, frames)
+
+
+def test_frames_of_a_disk_that_hangs_are_left_to_others(line, monkeypatch):
+    disk = SlowDisk(line.writer, monkeypatch)
+    line.server.add([new_frame(1)])
+    line.tick_until(lambda: disk.begun)
+    line.loop.tick()
+    silent_since = line.loop.heartbeat
+    until = silent_since + SETTINGS.claim_idle_ms / 1e3
+    line.tick_until(lambda: time.monotonic() > until)
+    assert line.loop.heartbeat == silent_since
+    monkeypatch.setattr(line.stream, "recover", lambda *_: pytest.fail("it still holds on to its frames"))
+    line.server.add([new_frame(2)])
+    until = time.monotonic() + SETTINGS.claim_idle_ms / 1e3
+    line.tick_until(lambda: time.monotonic() > until)
+    assert len(line.server.owners) == 1  # and takes no more
+    monkeypatch.undo()
+    disk.free.set()
+    line.tick_until(lambda: not line.server.entries)
+    assert line.loop.heartbeat > silent_since
 
 
 # --- a server that goes away
@@ -735,7 +787,8 @@ def test_a_crowd_of_left_frames_is_taken_over_in_portions(engine, tmp_path):
     held = []
 
     def tick() -> bool:
-        held.append(sum(owner == "me" for owner in line.server.owners.values()))
+        answered = {verdict.id for verdict in line.server.verdicts}
+        held.append(sum(owner == "me" for entry, owner in line.server.owners.items() if entry not in answered))
         return not line.server.entries
 
     line.tick_until(tick)

@@ -11,13 +11,12 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
-from queue import SimpleQueue
-from threading import Thread
 
 from models.calibration import is_fail
 from producers.errors import UnreadableImage
 from producers.frame import Frame
 from workers import evidence
+from workers.daemons import Daemons
 from workers.decoding import Decoded
 from workers.engine import Engine, Judgement, Request, Resident
 from workers.errors import DeviceFault, NoModel
@@ -71,7 +70,6 @@ class _Batch:
     """A batch under way; the result is its outcomes and when they were there, on the steady clock."""
 
     frames: Sequence[Taken]
-    residents: Mapping[str, Resident | NoModel]
     since: float
     result: Future[tuple[list[Outcome], float]]
 
@@ -86,11 +84,7 @@ class Judging:
 
     def __init__(self, engine: Engine, kept: EvidenceSettings) -> None:
         self._engine, self._kept = engine, kept
-        self._given: SimpleQueue[_Batch | None] = SimpleQueue()
-        # An executor's threads would be waited for at the process's end, and one that the device hangs in has none.
-        self._threads = [Thread(target=self._work, name=f"judge-{n}", daemon=True) for n in range(_UNDER_WAY)]
-        for thread in self._threads:
-            thread.start()
+        self._threads = Daemons(_UNDER_WAY, "judge")
         self._batches: deque[_Batch] = deque()
         self._last_done = 0.0
         self._batch_s = 0.0
@@ -120,9 +114,8 @@ class Judging:
             frames: of the batch.
             residents: of the frames' products: the version that judges, or why there is none.
         """
-        batch = _Batch(frames, residents, time.monotonic(), Future())
-        self._batches.append(batch)
-        self._given.put(batch)
+        since = time.monotonic()
+        self._batches.append(_Batch(frames, since, self._threads.submit(self._judge, frames, residents)))
 
     def await_next(self, timeout_s: float) -> bool:
         """Wait until the oldest batch is done; False if that takes longer or there is none."""
@@ -148,19 +141,9 @@ class Judging:
 
     def shutdown(self) -> None:
         """End the threads once everything under way is done."""
-        for _ in self._threads:
-            self._given.put(None)
-        for thread in self._threads:
-            thread.join()
+        self._threads.shutdown()
 
     # --- in a thread
-
-    def _work(self) -> None:
-        while (batch := self._given.get()) is not None:
-            try:
-                batch.result.set_result(self._judge(batch.frames, batch.residents))
-            except BaseException as error:  # whoever takes the batch gets it
-                batch.result.set_exception(error)
 
     def _judge(
         self, frames: Sequence[Taken], residents: Mapping[str, Resident | NoModel]

@@ -1,6 +1,6 @@
 """The inspection loop: entries in, verdicts out, rows made durable, then entries acknowledged.
 
-Promise: an entry is acknowledged only after its row is durable (`_commit`), so a replica that dies at any line
+Promise: an entry is acknowledged only after its row is durable (`_acknowledge`), so a replica that dies at any line
 leaves its entries to the next one, and every captured frame ends in exactly one row for a reader.
 """
 
@@ -8,20 +8,19 @@ import logging
 import math
 import threading
 import time
-from dataclasses import replace
 
 from producers.errors import MalformedEntry
 from producers.frame import Frame
 from workers.batching import Batcher
 from workers.decoding import make_decoders
 from workers.engine import Engine, Resident
-from workers.errors import NoModel, ResultsUnavailable, StreamUnavailable
-from workers.evidence import UNKNOWN
+from workers.errors import NoModel, StreamUnavailable
 from workers.judging import Judging, Outcome, Taken
+from workers.recording import Recording
 from workers.residency import Residency
-from workers.results import Row, SegmentWriter, captured_at
+from workers.results import Row, SegmentWriter
 from workers.settings import WorkerSettings
-from workers.stream import Entry, FrameStream, Settlement, VerdictMessage
+from workers.stream import Entry, FrameStream, VerdictMessage
 
 logger = logging.getLogger(__name__)
 
@@ -52,27 +51,28 @@ class InspectionLoop:
         *,
         replica: str,
     ) -> None:
-        self._stream, self._engine, self._residency = stream, engine, residency
-        self._results, self._settings, self._replica = results, settings, replica
+        self._stream, self._engine, self._residency, self._settings = stream, engine, residency, settings
         self._batcher: Batcher[Taken] = Batcher(settings.max_batch, settings.batch_wait_ms / 1e3)
         self._decoders = make_decoders(settings, engine.device)
         self._judging = Judging(engine, settings.evidence)
-        self._rows: list[Row] = []
-        self._row_entries: list[tuple[Entry, Settlement]] = []
-        self._durable: list[tuple[Entry, Settlement]] = []
+        self._recording = Recording(results, settings, replica)
         self._unsent: list[VerdictMessage] = []
-        self._rows_since = 0.0
-        self._next_commit = 0.0
         self._next_recovery = 0.0
-        self.heartbeat = time.monotonic()
+        self._heard = time.monotonic()
         self.judged = 0
         self._away: str | None = None
-        self._unwritten: str | None = None
+
+    @property
+    def heartbeat(self) -> float:
+        """When the loop last said that it is alive, on the steady clock. It is not while the engine is silent or the
+        disk is: a batch or a write that never ends is a fault.
+        """
+        return min(self._heard, self._recording.silent_since)
 
     @property
     def trouble(self) -> str | None:
         """What keeps frames from being read, judged or recorded just now; None if nothing does."""
-        return self._away or self._unwritten
+        return self._away or self._recording.trouble
 
     # --- life
 
@@ -83,13 +83,13 @@ class InspectionLoop:
                 self.tick()
                 self._away = None
             except StreamUnavailable as error:
-                self._away = _logged(str(error), self._away)
+                self._say_away(str(error))
                 self._beat()
                 stop.wait(_RETRY_S)
         self.drain()
 
     def tick(self) -> None:
-        """One round: record what was judged, read, send on its way what is due, commit what is due, recover what
+        """One round: record what was judged, read, send on its way what is due, acknowledge what is durable, recover what
         others left. Waits for a little while if there is nothing to do.
 
         Raises:
@@ -102,8 +102,8 @@ class InspectionLoop:
             self._record(self._judging.take())
         came = self._read()
         started = self._start()
-        if self._commit_is_due():
-            self._commit()
+        self._recording.advance()
+        self._acknowledge()
         if time.monotonic() >= self._next_recovery:
             self._recover()
         if not came and not started:
@@ -117,24 +117,33 @@ class InspectionLoop:
                     self._judge(self._batcher.drain())
                 self._record(self._judging.take())
             self._send()
-            self._commit()
+            self._recording.finish()
+            self._acknowledge()
             self._stream.close()
         except StreamUnavailable as error:
             logger.warning("left %d frames to the next replica: %s", len(self._held()), error)
         finally:
             self._judging.shutdown()
+            self._recording.shutdown()
             self._decoders.shutdown()
 
     def _beat(self) -> None:
-        """Say that the loop is alive. It is not while the engine is silent: a batch that never ends is a fault."""
-        if not self._judging or self._judging.await_next(0):
-            self.heartbeat = time.monotonic()
+        """Say that the loop is alive, unless the engine is silent."""
+        if not self._engine_is_silent():
+            self._heard = time.monotonic()
+
+    def _say_away(self, trouble: str) -> None:
+        if trouble != self._away:
+            logger.error("%s", trouble)
+        self._away = trouble
+
+    def _engine_is_silent(self) -> bool:
+        return len(self._judging) > 0 and not self._judging.await_next(0)
 
     def _hangs(self) -> bool:
-        """Whether the engine has kept a batch for so long that others shall take over what is held here."""
-        if not self._judging or self._judging.await_next(0):
-            return False
-        return time.monotonic() - self.heartbeat > self._settings.claim_idle_ms / 1e3
+        """Whether engine or disk has been silent for so long that others shall take over what is held here."""
+        limit = time.monotonic() - self._settings.claim_idle_ms / 1e3
+        return (self._engine_is_silent() and self._heard < limit) or self._recording.silent_since < limit
 
     def _rest(self) -> None:
         """Wait for the batch under way, or for the next one to be due."""
@@ -147,7 +156,7 @@ class InspectionLoop:
 
     def _held(self) -> list[Entry]:
         waiting = [taken.entry for taken in self._judging.members() + self._batcher.members()]
-        return waiting + [entry for entry, _ in self._row_entries + self._durable]
+        return waiting + self._recording.entries()
 
     def _room(self) -> int:
         """How many frames may be taken: two batches, judged or waiting for it, and a bounded number of rows that
@@ -156,7 +165,7 @@ class InspectionLoop:
         if self._hangs():
             return 0
         room = 2 * self._settings.max_batch - len(self._batcher) - len(self._judging)
-        return min(room, 4 * self._settings.segment_rows - len(self._rows) - len(self._durable))
+        return min(room, 4 * self._settings.segment_rows - len(self._recording))
 
     def _read(self) -> bool:
         """Take what there is room for; False if nothing came."""
@@ -234,93 +243,25 @@ class InspectionLoop:
     # --- recording
 
     def _record(self, outcomes: list[Outcome]) -> None:
-        """Send the verdicts of a batch, keep its rows: one for each frame, whatever is wrong with some."""
-        self.heartbeat = time.monotonic()
-        if not self._rows:
-            self._rows_since = time.monotonic()
+        """Keep the rows of a batch, one for each frame, and send its verdicts."""
+        self._heard = time.monotonic()
         for outcome in outcomes:
-            self._unsent.append(_verdict(self._keep(outcome), outcome.taken.entry.id))
+            self._unsent.append(_verdict(self._recording.add(outcome), outcome.taken.entry.id))
         self.judged += len(outcomes)
         self._send()
 
-    def _keep(self, outcome: Outcome) -> Row:
-        row = self._row(outcome)
-        self._rows.append(row)
-        entry, frame = outcome.taken.entry, outcome.taken.frame
-        size = len(frame.picture.data)
-        settlement = Settlement(
-            frame.product, entry.id, frame.camera, frame.seq, row.verdict, size, frame.captured_at_ns
-        )
-        self._row_entries.append((entry, settlement))
-        return row
-
     def _send(self) -> None:
-        """Send verdicts. The line's takt waits for them, so they go before the rows are durable. A frame whose
-        deadline has passed was answered by `unknown`: its row says the same, beside the score that came too late.
-        """
-        if not self._unsent:
-            return
-        late = self._stream.send_verdicts(self._unsent)
-        self._unsent = []
-        for index in [index for index, row in enumerate(self._rows) if row.frame_id in late] if late else ():
-            row, (entry, settlement) = self._rows[index], self._row_entries[index]
-            takt_ms = self._settings.takt_of(row.product)
-            reason = f"late: no verdict within {takt_ms:g} ms" if takt_ms else "late"
-            self._rows[index] = replace(row, verdict=UNKNOWN, reason=row.reason or reason)
-            self._row_entries[index] = entry, replace(settlement, verdict=UNKNOWN)
+        """Send verdicts. The line's takt waits for them, so they go before the rows are durable."""
+        if self._unsent:
+            late = self._stream.send_verdicts(self._unsent)
+            self._unsent = []
+            self._recording.mark_late(late)
 
-    def _row(self, outcome: Outcome) -> Row:
-        taken, judgement, frame = outcome.taken, outcome.judgement, outcome.taken.frame
-        card = judgement.card if judgement else None
-        map_u8, low, high = outcome.map or (None, None, None)
-        return Row(
-            frame_id=frame.frame_id,
-            product=frame.product,
-            camera=frame.camera,
-            seq=frame.seq,
-            captured_at=captured_at(frame.captured_at_ns),
-            verdict=outcome.verdict,
-            score=outcome.score,
-            threshold=card.threshold if card else None,
-            model_version=card.version if card else None,
-            detector=card.detector.name if card else None,
-            reason=outcome.reason,
-            queue_ms=(taken.taken_at_ns - frame.captured_at_ns) / 1e6,
-            infer_ms=judgement.infer_ms if judgement else 0.0,
-            total_ms=(time.time_ns() - frame.captured_at_ns) / 1e6,
-            replica=self._replica,
-            map_u8=map_u8,
-            map_min=low,
-            map_max=high,
-            image_jpeg=outcome.image_jpeg,
-        )
-
-    def _commit_is_due(self) -> bool:
-        now = time.monotonic()
-        if now < self._next_commit:
-            return False
-        if self._durable or len(self._rows) >= self._settings.segment_rows:
-            return True
-        return bool(self._rows) and now - self._rows_since >= self._settings.segment_ms / 1e3
-
-    def _commit(self) -> None:
-        """Write the rows, then acknowledge their entries. In this order only: an entry acknowledged before its
-        row is durable would be lost with this process.
-        """
-        if self._rows:
-            try:
-                self._results.write(self._rows)
-            except ResultsUnavailable as error:
-                trouble = f"{error}; nothing is acknowledged until it can be written"
-                self._unwritten = _logged(trouble, self._unwritten)
-                self._next_commit = time.monotonic() + _RETRY_S
-                return
-            self._durable += self._row_entries
-            self._rows, self._row_entries = [], []
-            self._unwritten = None
-        if self._durable:
-            self._stream.settle([settlement for _, settlement in self._durable])
-            self._durable = []
+    def _acknowledge(self) -> None:
+        """Acknowledge entries whose rows are durable, and none before: it would be lost with this process."""
+        if durable := self._recording.durable():
+            self._stream.settle(durable)
+            self._recording.acknowledged()
 
     def _recover(self) -> None:
         # a third of the idle limit: an entry held here is refreshed at least twice before another may take it
@@ -332,13 +273,6 @@ class InspectionLoop:
         if entries and len(entries) >= room:  # there may be more
             self._next_recovery = time.monotonic()
         self._take(entries)
-
-
-def _logged(trouble: str, before: str | None) -> str:
-    """Log `trouble` unless that was done already, and return it."""
-    if trouble != before:
-        logger.error("%s", trouble)
-    return trouble
 
 
 def _verdict(row: Row, entry_id: bytes) -> VerdictMessage:

@@ -1,0 +1,193 @@
+"""From outcomes to durable rows, and from those to entries that may be acknowledged.
+
+Segments are written in a thread of their own: a disk that is busy, or a store that is far away, delays no verdict.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Collection, Sequence
+from concurrent.futures import Future, wait
+from dataclasses import dataclass, replace
+
+from workers.daemons import Daemons
+from workers.errors import ResultsUnavailable
+from workers.evidence import UNKNOWN
+from workers.judging import Outcome, Taken
+from workers.results import Row, SegmentWriter, captured_at
+from workers.settings import WorkerSettings
+from workers.stream import Entry, Settlement
+
+logger = logging.getLogger(__name__)
+
+_RETRY_S = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class _Record:
+    """A row with the entry that is acknowledged once the row is durable."""
+
+    row: Row
+    taken: Taken
+
+    @property
+    def settlement(self) -> Settlement:
+        frame, size = self.taken.frame, len(self.taken.frame.picture.data)
+        return Settlement(
+            frame.product, self.taken.entry.id, frame.camera, frame.seq, self.row.verdict, size, frame.captured_at_ns
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Segment:
+    """Records whose rows are being written."""
+
+    records: list[_Record]
+    since: float
+    written: Future[str]
+
+
+class Recording:
+    """Holds what was judged until its rows are durable and its entries acknowledged. Used by one thread.
+
+    Promise: `durable` tells of an entry only after its row has survived whatever comes.
+
+    Args:
+        results: where rows are made durable.
+        settings: how many rows make a segment, and how long a row waits for it.
+        replica: this process's name in the rows.
+
+    Attributes:
+        trouble: why rows cannot be written just now; None if they can.
+    """
+
+    def __init__(self, results: SegmentWriter, settings: WorkerSettings, replica: str) -> None:
+        self._results, self._settings, self._replica = results, settings, replica
+        self._thread = Daemons(1, "results")
+        self._records: list[_Record] = []  # not given to the thread
+        self._first_at = 0.0
+        self._segment: _Segment | None = None
+        self._durable: list[_Record] = []
+        self._not_before = 0.0
+        self.trouble: str | None = None
+
+    def __len__(self) -> int:
+        """How many entries are held."""
+        return len(self._records) + len(self._durable) + (len(self._segment.records) if self._segment else 0)
+
+    @property
+    def silent_since(self) -> float:
+        """When the write under way began, on the steady clock; infinity if there is none."""
+        return math.inf if self._segment is None or self._segment.written.done() else self._segment.since
+
+    def entries(self) -> list[Entry]:
+        """The entries held, oldest first."""
+        under_way = self._segment.records if self._segment else []
+        return [record.taken.entry for record in (*self._durable, *under_way, *self._records)]
+
+    def add(self, outcome: Outcome) -> Row:
+        """Make a frame's row, whatever is wrong with it, and hold it."""
+        if not self._records:
+            self._first_at = time.monotonic()
+        row = _row(outcome, self._replica)
+        self._records.append(_Record(row, outcome.taken))
+        return row
+
+    def mark_late(self, frame_ids: Collection[str]) -> None:
+        """Say in the rows of frames added last that their deadline had passed: they were answered by `unknown`. The
+        score that came too late stays beside it.
+        """
+        for index, record in enumerate(self._records) if frame_ids else ():
+            if record.row.frame_id in frame_ids:
+                takt_ms = self._settings.takt_of(record.row.product)
+                reason = record.row.reason or (f"late: no verdict within {takt_ms:g} ms" if takt_ms else "late")
+                self._records[index] = replace(record, row=replace(record.row, verdict=UNKNOWN, reason=reason))
+
+    def advance(self) -> None:
+        """Take note of what was written, and have written what is due. Waits for nothing."""
+        if self._segment is not None and self._segment.written.done():
+            self._end()
+        if self._segment is None and self._is_due():
+            self._begin()
+
+    def finish(self) -> None:
+        """Have everything written, and wait for it; what cannot be written now stays held."""
+        self._await_segment()
+        if self._records:
+            self._begin()
+            self._await_segment()
+
+    def durable(self) -> Sequence[Settlement]:
+        """What may be acknowledged."""
+        return [record.settlement for record in self._durable]
+
+    def acknowledged(self) -> None:
+        """Let go of what was durable."""
+        self._durable = []
+
+    def shutdown(self) -> None:
+        """End the thread once the write under way is done."""
+        self._thread.shutdown()
+
+    def _is_due(self) -> bool:
+        now = time.monotonic()
+        if not self._records or now < self._not_before:
+            return False
+        return (
+            len(self._records) >= self._settings.segment_rows or now - self._first_at >= self._settings.segment_ms / 1e3
+        )
+
+    def _begin(self) -> None:
+        records, since, self._records = self._records, time.monotonic(), []
+        written = self._thread.submit(self._results.write, [record.row for record in records])
+        self._segment = _Segment(records, since, written)
+
+    def _await_segment(self) -> None:
+        if self._segment is not None:
+            wait([self._segment.written])
+            self._end()
+
+    def _end(self) -> None:
+        assert self._segment is not None
+        records, error, self._segment = self._segment.records, self._segment.written.exception(), None
+        if error is None:
+            self._durable += records
+            self.trouble = None
+            return
+        self._records = records + self._records
+        self._not_before = time.monotonic() + _RETRY_S
+        if not isinstance(error, ResultsUnavailable):
+            raise error
+        trouble = f"{error}; nothing is acknowledged until it can be written"
+        if trouble != self.trouble:
+            logger.error("%s", trouble)
+        self.trouble = trouble
+
+
+def _row(outcome: Outcome, replica: str) -> Row:
+    taken, judgement, frame = outcome.taken, outcome.judgement, outcome.taken.frame
+    card = judgement.card if judgement else None
+    map_u8, low, high = outcome.map or (None, None, None)
+    return Row(
+        frame_id=frame.frame_id,
+        product=frame.product,
+        camera=frame.camera,
+        seq=frame.seq,
+        captured_at=captured_at(frame.captured_at_ns),
+        verdict=outcome.verdict,
+        score=outcome.score,
+        threshold=card.threshold if card else None,
+        model_version=card.version if card else None,
+        detector=card.detector.name if card else None,
+        reason=outcome.reason,
+        queue_ms=(taken.taken_at_ns - frame.captured_at_ns) / 1e6,
+        infer_ms=judgement.infer_ms if judgement else 0.0,
+        total_ms=(time.time_ns() - frame.captured_at_ns) / 1e6,
+        replica=replica,
+        map_u8=map_u8,
+        map_min=low,
+        map_max=high,
+        image_jpeg=outcome.image_jpeg,
+    )
