@@ -79,6 +79,7 @@ pidfile {pidfile}
 daemonize no
 appendonly yes
 appendfsync {appendfsync}
+rdbcompression no
 auto-aof-rewrite-min-size 128mb
 save ""
 maxmemory {maxmemory_mb}mb

@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 _READ_BLOCK_MS = 50
 _POLL_S = 0.001
 _RETRY_S = 0.5
+_HELD_BATCHES = 3
 
 
 class InspectionLoop:
@@ -89,8 +90,8 @@ class InspectionLoop:
         self.drain()
 
     def tick(self) -> None:
-        """One round: record what was judged, read, send on its way what is due, acknowledge what is durable, recover what
-        others left. Waits for a little while if there is nothing to do.
+        """One round: record what was judged, read, send on its way what is due, acknowledge what is durable, recover
+        what others left. Waits for a little while if there is nothing to do.
 
         Raises:
             StreamUnavailable: Redis does not answer; everything held is kept, so ticking again is safe.
@@ -159,12 +160,12 @@ class InspectionLoop:
         return waiting + self._recording.entries()
 
     def _room(self) -> int:
-        """How many frames may be taken: two batches, judged or waiting for it, and a bounded number of rows that
-        are not durable, so that a full disk stops the reading instead of filling the memory.
+        """How many frames may be taken: two batches with the engine and one that is decoded meanwhile, and a bounded
+        number of rows that are not durable, so that a full disk stops the reading instead of filling the memory.
         """
         if self._hangs():
             return 0
-        room = 2 * self._settings.max_batch - len(self._batcher) - len(self._judging)
+        room = _HELD_BATCHES * self._settings.max_batch - len(self._batcher) - len(self._judging)
         return min(room, 4 * self._settings.segment_rows - len(self._recording))
 
     def _read(self) -> bool:
