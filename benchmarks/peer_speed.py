@@ -3,10 +3,11 @@
     python3 -m venv PEER && PEER/bin/pip install torch torchvision anomalib openvino
     python -m benchmarks.peer_speed --peer-python PEER/bin/python --weights resnet18.safetensors --json FILE
 
-The same network on both sides: a ResNet-18 pair at 256 x 256 with the same teacher. Proctor goes from uint8 images to
-maps and scores; anomalib from float images that are normalised already, so a part of the work is left out for it.
-OpenVINO runs in every precision, for latency (one stream) and for throughput (two streams, requests in flight). Each
-round measures every setting of either side once; only one side computes at a time, after a pause.
+The same network on both sides: a ResNet-18 pair at 256 x 256 with the same teacher, in the precision that the engine
+chooses by itself, and in float32 too. Proctor goes from uint8 images to maps and scores; anomalib from float images
+that are normalised already, so a part of the work is left out for it. OpenVINO runs in every precision, for latency
+(one stream) and for throughput (two streams, requests in flight). Each round measures every setting of either side
+once; only one side computes at a time, after a pause.
 """
 
 from __future__ import annotations
@@ -24,14 +25,17 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import torch
+
 from benchmarks.document import ratio, say, write
 from benchmarks.engine_rows import even_batches, judging
 from benchmarks.machine import describe_machine
 from benchmarks.networks import DEFAULT, PAIR, Network, Weights, make_engine, serving, trained
 from benchmarks.pictures import PICTURES, textures
 from benchmarks.timing import Patience, timed
+from models.inference import best_dtype
 from models.registry import Registry
-from workers.engine import Budget
+from workers.engine import Budget, Engine
 
 Setting = dict[str, Any]
 _Way = tuple[Setting, Callable[[Setting, float], dict[str, Any]]]
@@ -109,16 +113,19 @@ def peer_settings() -> list[Setting]:
 
 
 def _our_ways(folder: Path, options: argparse.Namespace, stack: ExitStack) -> list[_Way]:
-    weights = Weights(options.weights, folder)
+    weights, budget = Weights(options.weights, folder), Budget(max(_OUR_BATCHES), options.threads, compiled=True)
+    asked: list[tuple[Network, torch.dtype | None]] = [(PAIR, None), (DEFAULT, None)]
+    if best_dtype(torch.device("cpu")) != torch.float32:
+        asked.append((PAIR, torch.float32))
     ways: list[_Way] = []
-    for network in (PAIR, DEFAULT):
-        ways += _ways_of(network, weights, folder / network.name, options.threads, stack)
+    for number, (network, dtype) in enumerate(asked):
+        registry = Registry(folder / str(number))
+        engine = make_engine(registry, weights, budget, dtype)
+        ways += _ways_of(network, weights, registry, engine, stack)
     return ways
 
 
-def _ways_of(network: Network, weights: Weights, folder: Path, threads: int, stack: ExitStack) -> list[_Way]:
-    registry = Registry(folder)
-    engine = make_engine(registry, weights, Budget(max_batch=max(_OUR_BATCHES), threads=threads, compiled=True))
+def _ways_of(network: Network, weights: Weights, registry: Registry, engine: Engine, stack: ExitStack) -> list[_Way]:
     residents = stack.enter_context(serving(engine, registry, trained(network, weights), 1))
     pictures = textures(PICTURES, network.size)
     dtype = str(engine.dtype).removeprefix("torch.")
@@ -160,7 +167,9 @@ def comparison(rows: list[dict[str, Any]]) -> dict[str, Any]:
         return max((row for row in rows if wanted.items() <= row.items()), key=lambda row: float(row["fps"]))
 
     openvino, eager = best(runtime="openvino"), best(runtime="torch")
-    same, default = best(network=PAIR.name), best(network=DEFAULT.name)
+    own = best(network=DEFAULT.name)["dtype"]  # the engine's own choice on this machine
+    same, default = best(network=PAIR.name, dtype=own), best(network=DEFAULT.name)
+    openvino_f32, same_f32 = best(runtime="openvino", dtype="f32"), best(network=PAIR.name, dtype="float32")
     return {
         "best_openvino": openvino,
         "best_openvino_fps": openvino["fps"],
@@ -170,6 +179,11 @@ def comparison(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "same_network_to_best_openvino": ratio(same["fps"], openvino["fps"]),
         "default_to_best_openvino": ratio(default["fps"], openvino["fps"]),
         "same_network_to_best_torch": ratio(same["fps"], eager["fps"]),
+        "float32": {
+            "openvino_fps": openvino_f32["fps"],
+            "same_network_fps": same_f32["fps"],
+            "same_network_to_openvino": ratio(same_f32["fps"], openvino_f32["fps"]),
+        },
     }
 
 

@@ -10,6 +10,7 @@ from rich.table import Table
 from cluster.errors import ProctorError
 from cluster.origin import check_origin
 from cluster.terminal import Json, out, print_json, say
+from workers.settings import WorkerSettings
 
 bench_app = typer.Typer(help="Measured figures of this machine; needs no application.", no_args_is_help=True)
 
@@ -59,14 +60,21 @@ def bench_stream(quick: Quick = False, frames: Frames = 4000, as_json: Json = Fa
 
 @bench_app.command("pipeline")
 def bench_pipeline(
-    quick: Quick = False, threads: Threads = 1, frames: Frames = 2000, plot: Plot = None, as_json: Json = False
+    quick: Quick = False,
+    threads: Threads = 1,
+    decode_threads: Annotated[int, typer.Option(min=1, help="Threads that decode.")] = WorkerSettings().decode_threads,
+    gpu_decode: Annotated[bool, typer.Option("--gpu-decode", help="The GPU decodes JPEGs, if there is one.")] = False,
+    frames: Frames = 2000,
+    plot: Plot = None,
+    as_json: Json = False,
 ) -> None:
     """From a Valkey of its own to durable rows, beside each stage alone."""
     _check_picture(plot)
     from benchmarks.pipeline import measure
     from cluster.bench_tables import pipeline_table
 
-    document = measure(frames, threads, quick, say)
+    settings = WorkerSettings(decode_threads=decode_threads, gpu_decode=gpu_decode)
+    document = measure(frames, threads, quick, say, settings)
     if plot is not None:
         from benchmarks.plots import plot_pipeline
 

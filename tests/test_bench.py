@@ -137,7 +137,10 @@ def test_the_peer_is_asked_for_every_setting_and_its_best_one_counts(tmp_path):
         rows = [setting | peer.measure(setting, 0.1) for setting in settings]
     openvino = {(each["precision"], each["mode"], each["batch"]) for each in settings if each["runtime"] == "openvino"}
     assert len(openvino) == 3 * 2 * 2
-    rows += [{"network": name, "runtime": "engine", "batch": 8, "fps": fps} for name, fps in OURS.items()]
+    ours = {"runtime": "engine", "batch": 8}
+    rows += [ours | {"network": name, "dtype": "bfloat16", "fps": fps} for name, fps in OURS.items()]
+    rows += [ours | {"network": "pair", "dtype": "float32", "fps": 90.0}]
     found = comparison(rows)
     assert found["best_openvino_fps"] == 100.0
     assert (found["same_network_to_best_openvino"], found["default_to_best_openvino"]) == (1.2, 3.0)
+    assert found["float32"] == {"openvino_fps": 100.0, "same_network_fps": 90.0, "same_network_to_openvino": 0.9}
