@@ -30,8 +30,13 @@ def _version(package: str) -> str | None:
 
 
 def _processor() -> str:
+    """Name, family and model: virtual machines give many processors one name."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    first = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in reversed(lines))}
+    if "model name" not in first:
+        return platform.machine()
+    numbers = [f"{kind} {first[key]}" for kind, key in (("family", "cpu family"), ("model", "model")) if key in first]
+    return ", ".join([first["model name"], *numbers])

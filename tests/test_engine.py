@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import texture, with_student
 
+from models import inference
 from models.cards import ModelCard
 from models.errors import ModelError, TeacherError, VersionError
 from models.inference import best_dtype, to_input
@@ -242,3 +243,26 @@ def test_device_and_precision_are_chosen_when_none_is_named(registry):
     assert engine.dtype == best_dtype(engine.device)
     with pytest.raises(ModelError, match="unknown device 'abacus'; allowed: auto, cpu, cuda, cuda:N"):
         Engine(registry, "abacus")
+
+
+@pytest.mark.parametrize(
+    ("amx", "avx512_bf16", "gain", "chosen"),
+    [
+        (False, True, 1.9, torch.bfloat16),
+        (False, True, 1.0, torch.float32),
+        (True, True, 1.0, torch.bfloat16),
+        (False, False, 1.9, torch.float32),
+    ],
+    ids=["gains", "gains nothing", "has matrix units", "cannot"],
+)
+def test_a_processor_computes_in_bfloat16_where_it_gains(monkeypatch, amx, avx512_bf16, gain, chosen):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
+    monkeypatch.setattr(inference, "_bfloat16_gain", lambda: gain)
+    assert best_dtype(torch.device("cpu")) == chosen
+
+
+def test_the_gain_of_bfloat16_is_measured_once_a_process():
+    gain = inference._bfloat16_gain()
+    assert gain > 0
+    assert inference._bfloat16_gain() == gain
