@@ -147,9 +147,11 @@ class InspectionLoop:
         return (self._engine_is_silent() and self._heard < limit) or self._recording.silent_since < limit
 
     def _rest(self) -> None:
-        """Wait for the batch under way, or for the next one to be due."""
+        """Wait for the batch under way, or for the next one to be due, or for the rows that are being written."""
         if self._judging:
             self._judging.await_next(max(_POLL_S, self._judging.batch_s / 8))
+        elif self._recording.is_writing and not self._batcher:
+            self._recording.await_written(_POLL_S)
         else:
             time.sleep(min(self._batcher.wait_s(time.monotonic()) or 0.0, _POLL_S))
 
@@ -170,13 +172,15 @@ class InspectionLoop:
 
     def _read(self) -> bool:
         """Take what there is room for; False if nothing came."""
-        room, holds_frames = self._room(), len(self._batcher) + len(self._judging) > 0
+        room = self._room()
+        is_busy = len(self._batcher) + len(self._judging) > 0 or self._recording.is_writing
         if room <= 0:
-            if not holds_frames:
+            if not is_busy:
                 time.sleep(_READ_BLOCK_MS / 1e3)
             return False
-        # while frames are held, without blocking: Redis ends blocked reads at its timer only, up to 100 ms late
-        entries = self._stream.read(room, 0 if holds_frames else _READ_BLOCK_MS)
+        # while something comes to an end here, without blocking: Redis ends blocked reads at its timer only, up to
+        # 100 ms late, and cameras may wait for what is acknowledged
+        entries = self._stream.read(room, 0 if is_busy else _READ_BLOCK_MS)
         self._take(entries)
         return bool(entries)
 

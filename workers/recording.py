@@ -82,6 +82,16 @@ class Recording:
         """When the write under way began, on the steady clock; infinity if there is none."""
         return math.inf if self._segment is None or self._segment.written.done() else self._segment.since
 
+    @property
+    def is_writing(self) -> bool:
+        """Whether rows are being written, or were and `advance` has not taken note of it."""
+        return self._segment is not None
+
+    def await_written(self, timeout_s: float) -> None:
+        """Wait until the write under way has come to an end, or so long."""
+        if self._segment is not None:
+            wait([self._segment.written], timeout_s)
+
     def entries(self) -> list[Entry]:
         """The entries held, oldest first."""
         under_way = self._segment.records if self._segment else []
