@@ -1,12 +1,15 @@
 """The loop: every frame one row, a verdict first, acknowledged last, whatever fails in between."""
 
+import gc
 import itertools
 import math
 import shutil
 import threading
 import time
+import weakref
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,6 +22,7 @@ from memory_stream import MemoryServer, MemoryStream
 from producers.frame import Frame, Picture
 from workers import loop as loop_module
 from workers import recording as recording_module
+from workers.decoding import Decoded
 from workers.engine import Engine, Judgement, Request, Resident
 from workers.errors import DeviceFault, StreamUnavailable
 from workers.evidence import dequantised, quantised
@@ -36,6 +40,9 @@ SETTINGS = WorkerSettings(
     claim_idle_ms=100,
     evidence=EvidenceSettings(pass_share=0.0),
 )
+
+
+FRAMES = [new_frame(seq, product) for seq, product in enumerate(["bolt", "nut"] * 8, start=1)]
 
 
 class FixedPointers:
@@ -413,6 +420,25 @@ def test_verdicts_do_not_wait_for_a_slow_disk(line, monkeypatch):
     assert_each_once(line, frames)
 
 
+def test_decoded_images_are_not_kept_for_a_slow_disk(line, monkeypatch):
+    disk = SlowDisk(line.writer, monkeypatch)
+    submit, images = line.loop._decoders.submit, []
+
+    def watched(picture: Picture, size: int | None) -> Future[Decoded]:
+        image = submit(picture, size)
+        images.append(weakref.ref(image))
+        return image
+
+    monkeypatch.setattr(line.loop._decoders, "submit", watched)
+    line.server.add(FRAMES)
+    line.tick_until(lambda: len(line.server.verdicts) == len(FRAMES) and not line.loop.tick())
+    gc.collect()
+    assert len(images) == len(FRAMES)
+    assert [image() for image in images] == [None] * len(FRAMES)
+    disk.free.set()
+    line.tick_until(lambda: not line.server.entries)
+
+
 def test_frames_of_a_disk_that_hangs_are_left_to_others(line, monkeypatch):
     disk = SlowDisk(line.writer, monkeypatch)
     line.server.add([new_frame(1)])
@@ -434,8 +460,6 @@ def test_frames_of_a_disk_that_hangs_are_left_to_others(line, monkeypatch):
 
 
 # --- a server that goes away
-
-FRAMES = [new_frame(seq, product) for seq, product in enumerate(["bolt", "nut"] * 8, start=1)]
 
 
 @pytest.mark.parametrize("executed", [False, True], ids=["request lost", "reply lost"])

@@ -12,10 +12,11 @@ from collections.abc import Collection, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, replace
 
+from producers.frame import Frame
 from workers.daemons import Daemons
 from workers.errors import ResultsUnavailable
 from workers.evidence import UNKNOWN
-from workers.judging import Outcome, Taken
+from workers.judging import Outcome
 from workers.results import Row, SegmentWriter, captured_at
 from workers.settings import WorkerSettings
 from workers.stream import Entry, Settlement
@@ -27,16 +28,17 @@ _RETRY_S = 0.5
 
 @dataclass(frozen=True, slots=True)
 class _Record:
-    """A row with the entry that is acknowledged once the row is durable."""
+    """A row with the entry that is acknowledged once the row is durable; the decoded image is let go of."""
 
     row: Row
-    taken: Taken
+    entry: Entry
+    frame: Frame
 
     @property
     def settlement(self) -> Settlement:
-        frame, size = self.taken.frame, len(self.taken.frame.picture.data)
+        frame, size = self.frame, len(self.frame.picture.data)
         return Settlement(
-            frame.product, self.taken.entry.id, frame.camera, frame.seq, self.row.verdict, size, frame.captured_at_ns
+            frame.product, self.entry.id, frame.camera, frame.seq, self.row.verdict, size, frame.captured_at_ns
         )
 
 
@@ -95,14 +97,14 @@ class Recording:
     def entries(self) -> list[Entry]:
         """The entries held, oldest first."""
         under_way = self._segment.records if self._segment else []
-        return [record.taken.entry for record in (*self._durable, *under_way, *self._records)]
+        return [record.entry for record in (*self._durable, *under_way, *self._records)]
 
     def add(self, outcome: Outcome) -> Row:
         """Make a frame's row, whatever is wrong with it, and hold it."""
         if not self._records:
             self._first_at = time.monotonic()
         row = _row(outcome, self._replica)
-        self._records.append(_Record(row, outcome.taken))
+        self._records.append(_Record(row, outcome.taken.entry, outcome.taken.frame))
         return row
 
     def mark_late(self, frame_ids: Collection[str]) -> None:
