@@ -93,6 +93,7 @@ def test_its_settings_are_those_of_a_durable_private_server(server, home):
     with connect(server.url) as client:
         settings = client.config_get("*")
     expected = {"appendonly": "yes", "appendfsync": "everysec", "save": "", "maxmemory-policy": "noeviction"}
+    expected |= {"rdbcompression": "no", "auto-aof-rewrite-min-size": str(64 * 2**20)}
     assert {name: settings[name] for name in expected} == expected
     listening = {c.laddr.ip for c in psutil.Process(server.pid).net_connections("tcp") if c.status == "LISTEN"}
     assert listening == {"127.0.0.1"}
