@@ -29,7 +29,7 @@ def publishing(cameras: Cameras, frames: int) -> float:
 
 
 def decoding(line: Line, pictures: Sequence[Picture], frames: int, size: int) -> float:
-    """Decode pictures and fit them to the network's input, `size` pixels, two batches at a time as the loop does."""
+    """Decode pictures and fit them to the network's input, `size` pixels, two batches at a time."""
     decoders = make_decoders(line.settings, line.engine.device)
     waiting: deque[Future[Decoded]] = deque()
     started = time.perf_counter()

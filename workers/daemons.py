@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future
+from functools import partial
 from queue import SimpleQueue
 from threading import Thread
 from typing import Any, ParamSpec, TypeVar
@@ -24,7 +25,7 @@ class Daemons:
     """
 
     def __init__(self, count: int, name: str) -> None:
-        self._given: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._given: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = SimpleQueue()
         self._threads = [Thread(target=self._work, name=f"{name}-{number}", daemon=True) for number in range(count)]
         self._ended = False
         for thread in self._threads:
@@ -38,15 +39,8 @@ class Daemons:
         """
         if self._ended:
             raise RuntimeError("these threads were ended: nobody would make the call")
-        result: Future[Any] = Future()
-
-        def work() -> None:
-            try:
-                result.set_result(call(*args, **kwargs))
-            except BaseException as error:
-                result.set_exception(error)
-
-        self._given.put(work)
+        result: Future[T] = Future()
+        self._given.put((result, partial(call, *args, **kwargs)))
         return result
 
     def shutdown(self) -> None:
@@ -58,6 +52,11 @@ class Daemons:
             thread.join()
 
     def _work(self) -> None:
-        while (work := self._given.get()) is not None:
-            work()
-            del work  # what it holds is not kept until the next one comes
+        while (given := self._given.get()) is not None:
+            result, call = given
+            try:
+                result.set_result(call())
+            except BaseException as error:
+                result.set_exception(error)
+            # What they hold is not kept until the next call comes, nor, by way of the error's frames, by the error.
+            del given, result, call

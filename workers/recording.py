@@ -81,8 +81,9 @@ class Recording:
 
     @property
     def silent_since(self) -> float:
-        """When the write under way began, on the steady clock; infinity if there is none."""
-        return math.inf if self._segment is None or self._segment.written.done() else self._segment.since
+        """When the write under way began, on the steady clock; infinity if there is none. Any thread may ask."""
+        segment = self._segment
+        return math.inf if segment is None or segment.written.done() else segment.since
 
     @property
     def is_writing(self) -> bool:
@@ -168,7 +169,7 @@ class Recording:
             self._durable += records
             self.trouble = None
             return
-        self._records = records + self._records
+        self._records, self._first_at = records + self._records, -math.inf
         self._not_before = time.monotonic() + _RETRY_S
         if not isinstance(error, ResultsUnavailable):
             raise error
