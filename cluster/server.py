@@ -67,7 +67,7 @@ while server.poll() is None:
 sys.exit(server.returncode)
 """
 
-# Frames are compressed already. While the file system lets go of a rewritten append-only file the server answers
+# Most frames are compressed already. While the file system lets go of a rewritten append-only file the server answers
 # nobody, and verdicts wait: 120 ms of 512 MB on a virtual disk, 50 ms of 64 MB, the server's own default.
 _CONFIG = """\
 bind 127.0.0.1

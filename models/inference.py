@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import math
 import timeit
+from collections.abc import Callable
 from typing import TypeVar
 
 import torch
@@ -58,16 +60,22 @@ def _bfloat16_gain() -> float:
     machine multiplies as many numbers a cycle in either type, and pays for the conversion.
     """
 
-    def seconds(dtype: torch.dtype) -> float:
-        with torch.inference_mode():
-            x, weight = (
-                torch.ones(shape, dtype=dtype).to(memory_format=torch.channels_last)
-                for shape in ((1, 64, 56, 56), (64, 64, 3, 3))
-            )
-            F.conv2d(x, weight, padding=1)  # the kernel is chosen at its first use
-            return min(timeit.repeat(lambda: F.conv2d(x, weight, padding=1), repeat=10, number=1))
+    def convolution(dtype: torch.dtype) -> Callable[[], Tensor]:
+        x, weight = (
+            torch.ones(shape, dtype=dtype).to(memory_format=torch.channels_last)
+            for shape in ((1, 64, 56, 56), (64, 64, 3, 3))
+        )
+        return lambda: F.conv2d(x, weight, padding=1)
 
-    return seconds(torch.float32) / seconds(torch.bfloat16)
+    runs = {dtype: convolution(dtype) for dtype in (torch.float32, torch.bfloat16)}
+    seconds = dict.fromkeys(runs, math.inf)
+    with torch.inference_mode():
+        for run in runs.values():
+            run()  # the kernel is chosen at its first use
+        for _ in range(10):  # in turn, so that other work on the machine slows both alike
+            for dtype, run in runs.items():
+                seconds[dtype] = min(seconds[dtype], timeit.timeit(run, number=1))
+    return seconds[torch.float32] / seconds[torch.bfloat16]
 
 
 def prepare(module: Network, device: torch.device, dtype: torch.dtype) -> Network:
