@@ -54,7 +54,7 @@ def best_dtype(device: torch.device) -> torch.dtype:
 
 @functools.cache
 def _bfloat16_gain() -> float:
-    """How many times as fast as in float32 this CPU convolves in bfloat16; takes some 50 ms, once a process.
+    """How many times as fast as in float32 this CPU convolves in bfloat16; takes some 30 ms, once a process.
 
     An AMD EPYC with AVX512-BF16 is nearly twice as fast. An Intel Xeon whose matrix units are hidden from a virtual
     machine multiplies as many numbers a cycle in either type, and pays for the conversion.

@@ -38,7 +38,7 @@ def bury(server: redis.Redis, count: int, product: str = "bolt", kept: int = 100
     for seq in range(first, first + count):
         Publisher(server, PublisherSettings()).publish(new_frame(seq, product))
     for entry in stream.read(10_000, 1):
-        stream.dead_letter(entry, "cam-1", "delivered 3 times without a verdict")
+        stream.dead_letter(entry, "cam-1", "delivered 3 times without a row")
 
 
 def judge_all(server: redis.Redis) -> list[int]:
@@ -161,7 +161,7 @@ def test_two_entries_of_one_number_balance(server, letters):
     for _ in range(2):
         server.xadd(keys.frames("bolt"), wire(new_frame(9, camera="foreign")))
     for entry in stream.read(4, 1):
-        stream.dead_letter(entry, "foreign", "delivered 3 times without a verdict")
+        stream.dead_letter(entry, "foreign", "delivered 3 times without a row")
     assert retry_dead(letters, "bolt", [], everything=True).done == 2
     assert judge_all(server) == [9, 9]
     counts = account(server, "foreign")

@@ -372,8 +372,8 @@ def test_dead_letters_are_answered_and_counted_in_their_shift(server, stream):
     publisher(server).publish(new_frame(1))
     (entry,) = stream.read(8, 1)
     for _ in range(2):
-        stream.dead_letter(entry, "cam-1", "delivered 3 times without a verdict")
-    assert verdicts(server) == [(1, "unknown", "delivered 3 times without a verdict")]
+        stream.dead_letter(entry, "cam-1", "delivered 3 times without a row")
+    assert verdicts(server) == [(1, "unknown", "delivered 3 times without a row")]
     counts = account(server)
     assert (counts.captured, counts.dead, counts.in_flight) == (1, 1, 0)
     assert server.get(keys.held("bolt")) == b"0"
@@ -418,7 +418,7 @@ def test_a_second_entry_that_is_delivered_too_often_is_no_death(server, stream):
     pushing.publish(new_frame(3))
     judge(stream, held)
     again, third = stream.read(8, 1)
-    stream.dead_letter(again, "cam-1", "delivered 3 times without a verdict")
+    stream.dead_letter(again, "cam-1", "delivered 3 times without a row")
     judge(stream, [third])
     counts = account(server)
     assert (counts.captured, counts.judged, counts.dead, counts.in_flight) == (3, 3, 0, 0)

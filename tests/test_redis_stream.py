@@ -293,7 +293,7 @@ def test_an_entry_that_kills_its_readers_is_dead_lettered(server, stream):
     assert stream.recover([], 100) == []
     ((_, fields),) = server.xrange(keys.dead("bolt"))
     assert fields.pop(b"account").startswith(b"cam-1 ")
-    assert fields == {b"reason": b"delivered 3 times without a verdict", **poison.fields}
+    assert fields == {b"reason": b"delivered 3 times without a row", **poison.fields}
     counts = account(server)
     assert (counts.captured, counts.judged, counts.dead, counts.in_flight) == (2, 1, 1, 0)
     assert server.xlen(keys.frames("bolt")) == server.xpending(keys.frames("bolt"), keys.GROUP)["pending"] == 0

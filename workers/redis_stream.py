@@ -162,7 +162,7 @@ class RedisStream:
         stale: Any = self._server.xpending_range(key, keys.GROUP, "-", "+", count, idle=idle)
         poison = [entry for entry in stale if entry["times_delivered"] >= self._settings.max_deliveries]
         for entry in poison:
-            reason = f"delivered {entry['times_delivered']} times without a verdict"
+            reason = f"delivered {entry['times_delivered']} times without a row"
             found: Any = self._server.xrange(key, entry["message_id"], entry["message_id"])
             fields = found[0][1] if found else {}
             self.dead_letter(Entry(product, entry["message_id"], fields), _camera(fields), reason)
