@@ -212,7 +212,8 @@ def judge_views(
         By view, (N, S, S) float32 maps and (N,) scores of the test images.
     """
     device = pick_device(settings.device)
-    ready_teacher, ready = (prepare(each, device, best_dtype(device)) for each in (teacher, student))
+    dtype = best_dtype(device)
+    ready_teacher, ready = prepare(teacher, device, dtype), prepare(student, device, dtype)
     held_out, tested = (TeacherFeatures(ready_teacher, each, cache_bytes=0) for each in images)
     measured: dict[str, list[tuple[torch.Tensor, ...]]] = {view: [] for view in detectors}
     for chunk in held_out.chunks():

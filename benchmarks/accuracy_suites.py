@@ -75,7 +75,7 @@ def _same(detector: str, options: dict[str, Any], **changes: Any) -> TrainingSet
 
 
 def _table() -> list[Way]:
-    ways = {
+    ways: dict[str, tuple[str, dict[str, Any]]] = {
         "stfpm": ("stfpm", _NETWORK),
         "asymts": ("asymts", _NETWORK),
         "fcl on stfpm": ("fcl", {"host": "stfpm", "host_options": _NETWORK}),
@@ -90,8 +90,8 @@ def _table() -> list[Way]:
 def _asymts() -> list[Way]:
     """The three parts of AsymTS, each left out in turn; the fusion is left out by a view. STFPM has none of them."""
     one = ("efficientnet_lite0",)
-    views = {"": {}, "sum fusion": {"fusion.kind": "sum"}, "smoothed 4": _CONTROL}
-    parts = {
+    views: dict[str, dict[str, Any]] = {"": {}, "sum fusion": {"fusion.kind": "sum"}, "smoothed 4": _CONTROL}
+    parts: dict[str, dict[str, Any]] = {
         "asymts": {},
         "plain blocks": {"blocks": "plain"},
         "no moving average": {"momentum": None},
@@ -106,7 +106,7 @@ def _asymts() -> list[Way]:
 
 def _fcl() -> list[Way]:
     """SNC's forms in loss, map and both, radius 1 and 2, on three hosts; the control is plain smoothing."""
-    hosts = {
+    hosts: dict[str, tuple[str, dict[str, Any]]] = {
         "stfpm": ("stfpm", _NETWORK),
         "reverse": ("reverse", {"width": 0.25, "hardest": 0.1, "scales": 2, "bottleneck": "dense"}),
         "asymts": ("asymts", _NETWORK),
@@ -121,7 +121,7 @@ def _fcl() -> list[Way]:
         ways.append(Way("fcl", f"{host}: high-level", _fcl_settings(base | none), _map_views(), one))
         for form, radius in itertools.product(("softmax", "uniform", "relation", "masked"), (1, 2)):
             snc = {"form": form, "radius": radius, "place": "both"}
-            views = {"both": {}, "loss": {"snc.place": "loss"}, "both, smoothed 4": _CONTROL}
+            views: dict[str, dict[str, Any]] = {"both": {}, "loss": {"snc.place": "loss"}, "both, smoothed 4": _CONTROL}
             settings = _fcl_settings(base | off | {"snc": snc})
             trained.append(Way("fcl", f"{host}: {form} r{radius}", settings, views, one, ("magtile",)))
     # Codes in the map alone cost no training, so they are tried on every set; what is trained, where there are masks.

@@ -23,13 +23,12 @@ from benchmarks.document import Say, say, write
 from benchmarks.engine_headline import headline
 from benchmarks.engine_rows import Bench, Sizes, measure_network
 from benchmarks.machine import describe_machine
-from benchmarks.networks import DEFAULT, OTHERS, PAIR, Network, Weights
+from benchmarks.networks import DEFAULT, NETWORKS, PAIR, Network, Weights
 from benchmarks.roofline import measure_roofline
 from benchmarks.timing import QUICK, THOROUGH
 from models.errors import ModelError
 from models.inference import best_dtype, pick_device
 
-_NETWORKS = {each.name: each for each in (PAIR, DEFAULT, *OTHERS)}
 _ON_GPU = Sizes(batches=(1, 2, 4, 8, 16, 32, 64, 128), products=(1, 8, 32, 128), batch=32)
 _ON_CPU = Sizes(batches=(1, 2, 4, 8, 16, 32), products=(1, 4, 8, 16), batch=8)
 _QUICK = Sizes(batches=(1, 2), products=(1, 2), batch=2)
@@ -40,7 +39,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", type=Path, help="local ResNet-18 weights; else random ones")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads; 1 is a replica's default")
-    parser.add_argument("--networks", nargs="+", choices=_NETWORKS, help="whose rows are measured; else all")
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, help="whose rows are measured; else all")
     parser.add_argument("--quick", action="store_true", help="whether it works, in seconds; no figure to quote")
     parser.add_argument("--json", type=Path, help="where the document goes, beside standard output")
     parser.add_argument("--plot", type=Path, help="picture to draw")
@@ -81,8 +80,8 @@ def measure(
         say(f"{device}, {str(dtype).removeprefix('torch.')}: what the device can do at the most")
         roofline = measure_roofline(device, dtype, threads, patience)
         bench = Bench(Path(folder), files, device, dtype, threads, sizes, patience, roofline)
-        names = networks or ((PAIR.name, DEFAULT.name) if quick else tuple(_NETWORKS))
-        chosen, notes = _available([_NETWORKS[name] for name in names], files)
+        names = networks or ((PAIR.name, DEFAULT.name) if quick else tuple(NETWORKS))
+        chosen, notes = _available([NETWORKS[name] for name in names], files)
         rows = [row for each in chosen for row in measure_network(bench, each, each in (PAIR, DEFAULT), say)]
         figures = headline(bench, rounds=1 if quick else 5, swaps=2 if quick else 10, say=say)
     return figures | {

@@ -64,7 +64,8 @@ def _run(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
             wait_until(lambda: not line.of("producer"), 900, "the cameras")
             wait_until(lambda: not any(server.xlen(keys.frames(each)) for each in PRODUCTS), 900, "the rest")
         starts = {member.name: member.starts for member in line.members if member.role == "replica"}
-        dead = [fields for each in PRODUCTS for _, fields in server.xrange(keys.dead(each))]
+        letters: list[Any] = [server.xrange(keys.dead(each)) for each in PRODUCTS]
+        dead = [fields for entries in letters for _, fields in entries]
         ledger = read_ledger(server)
     rows = read_results(str(results), columns=("camera", "verdict", "reason")).to_pylist()
     lies = [row for row in rows if row["camera"].startswith("liar")]
@@ -107,7 +108,8 @@ def _push_bad(line: Line, options: argparse.Namespace, sent: Counter[str]) -> No
             name, make = kinds[number % len(kinds)]
             while _crowded(server):
                 threading.Event().wait(0.01)
-            server.xadd(keys.frames(chance.choice(PRODUCTS)), make(number))
+            fields: Any = make(number)
+            server.xadd(keys.frames(chance.choice(PRODUCTS)), fields)
             sent[name] += 1
 
 

@@ -9,7 +9,7 @@ import redis
 
 from benchmarks.cameras import Cameras, Order
 from producers import keys
-from workers.engine import Engine
+from workers.engine import Engine, Resident
 from workers.loop import InspectionLoop
 from workers.reading import read_results
 from workers.redis_stream import RedisStream
@@ -36,6 +36,13 @@ class Line:
         self.url, self.engine, self.settings = url, engine, settings
         self._folder, self._residency = folder, residency
         self._runs = 0
+
+    @property
+    def resident(self) -> Resident:
+        """The version that judges `PRODUCT`."""
+        resident = self.engine.resident(PRODUCT)
+        assert resident is not None
+        return resident
 
     def stream(self) -> RedisStream:
         """Return the stream as a replica reads it."""

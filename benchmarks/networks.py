@@ -55,6 +55,7 @@ PAIR = Network("pair", "resnet18", "stfpm", {"width": 1.0})
 _FAST = RECIPES["fast"]
 DEFAULT = Network("default", _FAST.teacher, _FAST.detector, _FAST.detector_options, _FAST.input_size)
 OTHERS = tuple(Network(name, "resnet18", name) for name in DETECTORS if name != PAIR.detector)
+NETWORKS = {each.name: each for each in (PAIR, DEFAULT, *OTHERS)}
 
 
 class Weights:

@@ -143,7 +143,8 @@ class _Bench:
         def publish(frame: Frame) -> None:
             while server.xlen("bare") >= _WINDOW:
                 time.sleep(0.002)
-            server.xadd("bare", frame.to_fields())
+            fields: Any = frame.to_fields()
+            server.xadd("bare", fields)
 
         return self._measure(engine, frames, publish, (stream, writer), server)
 
@@ -186,7 +187,7 @@ class _BareStream:
         """Publish verdicts."""
         pipeline = self._server.pipeline(transaction=False)
         for verdict in verdicts:
-            fields = {name: str(value) for name, value in asdict(verdict).items()}
+            fields: Any = {name: str(value) for name, value in asdict(verdict).items()}
             pipeline.xadd("bare-verdicts", fields, maxlen=keys.VERDICTS_KEPT, approximate=True)
         pipeline.execute()
         return set()

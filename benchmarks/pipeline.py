@@ -1,10 +1,11 @@
 """The inspection loop from a real Valkey to durable rows, against each of its stages alone.
 
     python -m benchmarks.pipeline --json benchmarks/results/pipeline.json --plot docs/pictures/pipeline.png
-    python -m benchmarks.pipeline --threads 2
+    python -m benchmarks.pipeline --threads 2 --network pair
     python -m benchmarks.pipeline --quick
 
-Runs without Ray, with the configured default recipe trained for one step, since accuracy does not matter to speed.
+Runs without Ray, with the configured default recipe or another network, trained for one step and with random ResNet-18
+weights, since accuracy does not matter to speed.
 Two cameras in a process of their own publish JPEG of 256 x 256, JPEG of 1024 x 1024 and raw 256 x 256 as fast as they
 may. Measured for each input: every stage alone, with the threads that it has in the loop; what the loop does end to
 end, from the first publish to the last acknowledgement; and the latency from capture to verdict at half of that,
@@ -32,7 +33,7 @@ from benchmarks.cameras import Cameras, Order
 from benchmarks.document import Say, ratio, say, write
 from benchmarks.line import PRODUCT, Line
 from benchmarks.machine import describe_machine
-from benchmarks.networks import DEFAULT, Weights, await_ready, make_engine, publish, trained
+from benchmarks.networks import DEFAULT, NETWORKS, Network, Weights, await_ready, make_engine, publish, trained
 from benchmarks.pictures import INPUTS, PICTURES, Input, textures
 from benchmarks.stages import decoding, engine_alone, publishing, reading, recording
 from cluster.server import EmbeddedServer
@@ -53,6 +54,7 @@ def main() -> None:
     """Measure and write the document."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--frames", type=int, default=2000, help="frames of each measurement")
+    parser.add_argument("--network", choices=NETWORKS, default=DEFAULT.name, help="that judges")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of the engine; 1 is a replica's default")
     parser.add_argument(
         "--decode-threads", type=int, default=WorkerSettings().decode_threads, help="threads that decode"
@@ -63,7 +65,7 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="picture to draw")
     options = parser.parse_args()
     settings = WorkerSettings(gpu_decode=options.gpu_decode, decode_threads=options.decode_threads)
-    document = measure(options.frames, options.threads, options.quick, say, settings)
+    document = measure(options.frames, options.threads, options.quick, say, settings, NETWORKS[options.network])
     if options.plot:
         from benchmarks.plots import plot_pipeline
 
@@ -71,7 +73,14 @@ def main() -> None:
     write(document, options.json)
 
 
-def measure(frames: int, threads: int, quick: bool, say: Say, settings: WorkerSettings | None = None) -> dict[str, Any]:
+def measure(
+    frames: int,
+    threads: int,
+    quick: bool,
+    say: Say,
+    settings: WorkerSettings | None = None,
+    network: Network = DEFAULT,
+) -> dict[str, Any]:
     """Measure every input; return the document, the first input's figures at its top.
 
     Args:
@@ -80,13 +89,15 @@ def measure(frames: int, threads: int, quick: bool, say: Say, settings: WorkerSe
         quick: few frames and one round.
         say: told each step.
         settings: of the worker; the default ones if None.
+        network: that judges.
     """
     frames, rounds = (16, 1) if quick else (frames, _ROUNDS)
     settings = settings or WorkerSettings()
     with tempfile.TemporaryDirectory() as path, EmbeddedServer.start(Path(path) / "redis") as valkey:
         folder = Path(path)
-        say(f"{DEFAULT.detector}, {DEFAULT.teacher}, {DEFAULT.size}²: into service")
-        engine, residency = _service(folder, valkey.url, Budget(settings.max_batch, threads, compiled=not quick))
+        say(f"{network.detector}, {network.teacher}, {network.size}²: into service")
+        budget = Budget(settings.max_batch, threads, compiled=not quick)
+        engine, residency = _service(network, folder, valkey.url, budget)
         line = Line(valkey.url, folder, engine, residency, settings)
         rows = [_measure(line, each, frames, rounds, say) for each in INPUTS]
     top = (
@@ -103,7 +114,7 @@ def measure(frames: int, threads: int, quick: bool, say: Say, settings: WorkerSe
         **{name: rows[0][name] for name in top},
         "benchmark": "pipeline",
         "machine": describe_machine(),
-        "network": f"{DEFAULT.detector}, {DEFAULT.teacher}, {DEFAULT.size} x {DEFAULT.size}",
+        "network": f"{network.detector}, {network.teacher}, {network.size} x {network.size}",
         "device": str(engine.device),
         "dtype": str(engine.dtype).removeprefix("torch."),
         "threads": threads,
@@ -117,11 +128,11 @@ def measure(frames: int, threads: int, quick: bool, say: Say, settings: WorkerSe
     }
 
 
-def _service(folder: Path, url: str, budget: Budget) -> tuple[Engine, Residency]:
+def _service(network: Network, folder: Path, url: str, budget: Budget) -> tuple[Engine, Residency]:
     """Publish a version that passes everything, and take it into service as a replica does."""
     weights = Weights(None, folder)
     registry = Registry(folder / "registry")
-    student = trained(DEFAULT, weights)
+    student = trained(network, weights)
     pointers = Pointers(redis.Redis.from_url(url), registry)
     pointers.promote(PRODUCT, publish(registry, student, PRODUCT, threshold=1e6))
     engine = make_engine(registry, weights, budget)
@@ -183,12 +194,12 @@ def _stages(line: Line, cameras: Cameras, given: Input, frames: int, held: int) 
         return fps
 
     batch = line.settings.max_batch
-    judged = textures(PICTURES, DEFAULT.size)
+    judged = textures(PICTURES, line.resident.card.input_size)
     alone("publish", held, lambda: publishing(cameras, held))
     alone("read", held, read)
-    alone("record", held, lambda: recording(line, stream, entries, DEFAULT.size))
-    alone("decode", frames, lambda: decoding(line, given.pictures(), frames, DEFAULT.size))
-    alone("engine", (max(2, frames // batch) + 1) * batch, lambda: engine_alone(line.engine, judged, batch, frames))
+    alone("record", held, lambda: recording(line, stream, entries))
+    alone("decode", frames, lambda: decoding(line, given.pictures(), frames))
+    alone("engine", (max(2, frames // batch) + 1) * batch, lambda: engine_alone(line, judged, frames))
     stream.close()
     return stages
 

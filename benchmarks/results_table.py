@@ -25,7 +25,7 @@ from workers.reading import read_results
 from workers.results import HEAVY, MAP_SIZE, SCHEMA, Row, SegmentWriter
 from workers.segments import Segments
 from workers.settings import ResultsSettings
-from workers.table import ResultTable
+from workers.table import ResultTable, TableFile
 from workers.upkeep import Upkeep
 
 _DAY = datetime(2026, 1, 31, tzinfo=UTC)
@@ -59,7 +59,7 @@ def _measure_day(uri: str, rows: int) -> dict[str, Any]:
         rounds_s.append(_fold(uri)["seconds"])
     table = ResultTable(uri)
     reads = {"before_merging": _reads(uri, rows)}
-    files = len(table.files(table.open()))
+    files = len(_files(table))
     merging_s = _seconds(Upkeep(table, ResultsSettings(), lambda: _DAY + timedelta(days=2)).run)
     reads["after_merging"] = _reads(uri, rows)
     return {
@@ -75,9 +75,15 @@ def _measure_day(uri: str, rows: int) -> dict[str, Any]:
         },
         "files_before_merging": files,
         "merging_s": round(merging_s, 3),
-        "table_bytes": sum(file.size for file in table.files(table.open())),
+        "table_bytes": sum(file.size for file in _files(table)),
         "reads_ms": reads,
     }
+
+
+def _files(table: ResultTable) -> list[TableFile]:
+    delta = table.open()
+    assert delta is not None
+    return table.files(delta)
 
 
 def _measure_heavy(uri: str, rows: int) -> dict[str, Any]:

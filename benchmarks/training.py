@@ -60,8 +60,14 @@ def main() -> None:
 
 
 def _ways() -> dict[str, TrainingSettings]:
-    network = {"width": 1.0, "hardest": 0.1}
-    full = {"input_size": 256, "steps": 400, "batch_size": 16, "learning_rate": 2e-3, "schedule": "onecycle"}
+    network: dict[str, Any] = {"width": 1.0, "hardest": 0.1}
+    full: dict[str, Any] = {
+        "input_size": 256,
+        "steps": 400,
+        "batch_size": 16,
+        "learning_rate": 2e-3,
+        "schedule": "onecycle",
+    }
     fcl = {"host": "stfpm", "host_options": network}
     return {
         "default (fast)": RECIPES["fast"],
@@ -116,7 +122,7 @@ class _Step:
         self._detector, self._device = detector, pick_device()
         self._dtype = training_dtype(self._device)
         student = detector.build_student(teacher).to(self._device)
-        self._student = student.to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+        self._student = student.to(memory_format=torch.channels_last).train()
         self._optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3)
         images = torch.from_numpy(np.random.default_rng(0).normal(size=(batch, 3, size, size)).astype(np.float32))
         self._images = images.to(self._device, memory_format=torch.channels_last)

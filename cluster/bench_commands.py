@@ -61,6 +61,9 @@ def bench_stream(quick: Quick = False, frames: Frames = 4000, as_json: Json = Fa
 @bench_app.command("pipeline")
 def bench_pipeline(
     quick: Quick = False,
+    network: Annotated[
+        str, typer.Option(help="That judges: default, pair (ResNet-18 twice, 256²), or a detector beside ResNet-18.")
+    ] = "default",
     threads: Threads = 1,
     decode_threads: Annotated[int, typer.Option(min=1, help="Threads that decode.")] = WorkerSettings().decode_threads,
     gpu_decode: Annotated[bool, typer.Option("--gpu-decode", help="The GPU decodes JPEGs, if there is one.")] = False,
@@ -70,11 +73,14 @@ def bench_pipeline(
 ) -> None:
     """From a Valkey of its own to durable rows, beside each stage alone."""
     _check_picture(plot)
+    from benchmarks.networks import NETWORKS
     from benchmarks.pipeline import measure
     from cluster.bench_tables import pipeline_table
 
+    if network not in NETWORKS:
+        raise ProctorError(f"no network named {network!r}; there are {', '.join(NETWORKS)}")
     settings = WorkerSettings(decode_threads=decode_threads, gpu_decode=gpu_decode)
-    document = measure(frames, threads, quick, say, settings)
+    document = measure(frames, threads, quick, say, settings, NETWORKS[network])
     if plot is not None:
         from benchmarks.plots import plot_pipeline
 

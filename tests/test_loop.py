@@ -3,6 +3,7 @@
 import gc
 import itertools
 import math
+import queue
 import shutil
 import threading
 import time
@@ -24,7 +25,7 @@ from workers import loop as loop_module
 from workers import recording as recording_module
 from workers.decoding import Decoded
 from workers.engine import Engine, Judgement, Request, Resident
-from workers.errors import DeviceFault, StreamUnavailable
+from workers.errors import DeviceFault, ResultsUnavailable, StreamUnavailable
 from workers.evidence import dequantised, quantised
 from workers.loop import InspectionLoop
 from workers.reading import read_results
@@ -467,6 +468,77 @@ def test_frames_of_a_disk_that_hangs_are_left_to_others(line, monkeypatch):
     disk.free.set()
     line.tick_until(lambda: not line.server.entries)
     assert line.loop.heartbeat > silent_since
+
+
+def test_a_loop_whose_disk_hangs_takes_nothing_over(engine, tmp_path, monkeypatch):
+    monkeypatch.setattr(recording_module, "_SILENT_S", 0.02)
+    line = Line(engine, str(tmp_path / "results"), SETTINGS.model_copy(update={"claim_idle_ms": 600_000}))
+    disk = SlowDisk(line.writer, monkeypatch)
+    line.server.add([new_frame(1)])
+    line.tick_until(lambda: disk.begun and line.loop.trouble)
+    assert line.loop.trouble == "the place of the results does not answer; nothing is acknowledged until it does"
+    line.server.add([new_frame(2)])
+    assert len(MemoryStream(line.server, "dead").read(100, 0)) == 1
+    line.server.gone.add("dead")
+    calls = line.stream.calls["recover"]
+    line.tick_until(lambda: line.stream.calls["recover"] >= calls + 2)
+    assert set(line.server.deliveries.values()) == {1}
+    disk.free.set()
+    line.tick_until(lambda: not line.server.entries)
+    assert sorted(line.server.deliveries.values()) == [1, 2]
+    assert line.loop.trouble is None
+    line.loop.drain()
+
+
+class SilentPlace:
+    """Answers no check before `answers` is set, and then the first one by an error."""
+
+    def __init__(self, writer: JournallingWriter, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.asked, self.answers = threading.Event(), threading.Event()
+        self.refuses = [True]
+        check = writer.check
+
+        def silent() -> None:
+            self.asked.set()
+            assert self.answers.wait(60)
+            if self.refuses and self.refuses.pop():
+                raise ResultsUnavailable("cannot write results to here: no room")
+            check()
+
+        monkeypatch.setattr(writer, "check", silent)
+
+
+def test_a_loop_takes_no_frame_before_rows_can_be_written(engine, tmp_path, monkeypatch):
+    monkeypatch.setattr(recording_module, "_SILENT_S", 0.0)
+    said: queue.SimpleQueue[str] = queue.SimpleQueue()
+    monkeypatch.setattr(recording_module.logger, "error", lambda form, *words: said.put(form % words))
+    line = Line(engine, str(tmp_path / "results"))
+    place = SilentPlace(line.writer, monkeypatch)
+    line.server.add(FRAMES)
+    stop, born = threading.Event(), line.loop.heartbeat
+    thread, raised = in_thread(lambda: line.loop.run(stop))
+    assert said.get(timeout=60) == "the place of the results does not answer; no frames are taken until it does"
+    assert (line.server.owners, line.loop.trouble is None) == ({}, False)
+    place.answers.set()
+    assert said.get(timeout=60).endswith("no room; no frames are taken until they can be written")
+    await_settled(line.server)
+    stop.set()
+    thread.join(timeout=60)
+    assert (raised, line.loop.trouble, line.loop.heartbeat > born) == ([], None, True)
+    assert set(line.server.deliveries.values()) == {1}
+    assert_each_once(line, FRAMES)
+
+
+def test_a_loop_that_waits_for_the_place_of_the_results_ends_when_asked(engine, tmp_path, monkeypatch):
+    line = Line(engine, str(tmp_path / "results"))
+    place = SilentPlace(line.writer, monkeypatch)
+    stop = threading.Event()
+    thread, raised = in_thread(lambda: line.loop.run(stop))
+    assert place.asked.wait(60)
+    stop.set()
+    thread.join(timeout=60)
+    assert (thread.is_alive(), raised) == (False, [])
+    place.answers.set()
 
 
 # --- a server that goes away

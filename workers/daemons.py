@@ -43,12 +43,12 @@ class Daemons:
         self._given.put((result, partial(call, *args, **kwargs)))
         return result
 
-    def shutdown(self) -> None:
-        """End the threads once everything given is done."""
+    def shutdown(self, *, wait: bool = True) -> None:
+        """End the threads once everything given is done, and wait for that if asked to."""
         self._ended = True
         for _ in self._threads:
             self._given.put(None)
-        for thread in self._threads:
+        for thread in self._threads if wait else ():
             thread.join()
 
     def _work(self) -> None:

@@ -161,7 +161,7 @@ class Judging:
             except UnreadableImage as error:
                 reasons[index] = str(error)
         judged = self._judgements(requests, reasons)
-        outcomes = [self._outcome(taken, judged.get(i), reasons.get(i)) for i, taken in enumerate(frames)]
+        outcomes = [outcome_of(taken, judged.get(i), reasons.get(i), self._kept) for i, taken in enumerate(frames)]
         return outcomes, time.monotonic()
 
     def _judgements(self, requests: dict[int, Request], reasons: dict[int, str]) -> dict[int, Judgement]:
@@ -186,15 +186,24 @@ class Judging:
             reasons[index] = f"the score of version {judged[index].card.version} is not a finite number"
         return judged
 
-    def _outcome(self, taken: Taken, judgement: Judgement | None, reason: str | None) -> Outcome:
-        verdict, score, threshold = UNKNOWN, None, judgement.card.threshold if judgement else None
-        if judgement and reason is None:
-            score = judgement.score
-            if threshold is not None:
-                verdict = FAIL if is_fail(score, threshold) else PASS
-        if not evidence.is_kept(taken.frame, verdict, score or 0.0, threshold or 0.0, self._kept):
-            return Outcome(taken, verdict, judgement, reason)
-        quantised = evidence.quantised(judgement.anomaly_map) if judgement and reason is None else None
-        readable = taken.image.exception() is None
-        jpeg = evidence.image_jpeg(taken.frame.picture, taken.image.result().image) if readable else None
-        return Outcome(taken, verdict, judgement, reason, quantised, jpeg)
+
+def outcome_of(taken: Taken, judgement: Judgement | None, reason: str | None, kept: EvidenceSettings) -> Outcome:
+    """Say what became of a frame.
+
+    Args:
+        taken: the frame; its image is there.
+        judgement: what the engine said, if it did.
+        reason: why there is no score; None if there is one.
+        kept: for which frames map and image are kept.
+    """
+    verdict, score, threshold = UNKNOWN, None, judgement.card.threshold if judgement else None
+    if judgement and reason is None:
+        score = judgement.score
+        if threshold is not None:
+            verdict = FAIL if is_fail(score, threshold) else PASS
+    if not evidence.is_kept(taken.frame, verdict, score or 0.0, threshold or 0.0, kept):
+        return Outcome(taken, verdict, judgement, reason)
+    quantised = evidence.quantised(judgement.anomaly_map) if judgement and reason is None else None
+    readable = taken.image.exception() is None
+    jpeg = evidence.image_jpeg(taken.frame.picture, taken.image.result().image) if readable else None
+    return Outcome(taken, verdict, judgement, reason, quantised, jpeg)

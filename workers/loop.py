@@ -18,7 +18,7 @@ from workers.errors import NoModel, StreamUnavailable
 from workers.judging import Judging, Outcome, Taken
 from workers.recording import Recording
 from workers.residency import Residency
-from workers.results import Row, SegmentWriter
+from workers.results import SegmentWriter
 from workers.settings import WorkerSettings
 from workers.stream import Entry, FrameStream, VerdictMessage
 
@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 _READ_BLOCK_MS = 50
 _POLL_S = 0.001
+_READY_POLL_S = 0.01
 _RETRY_S = 0.5
 _HELD_BATCHES = 3
 
@@ -78,7 +79,12 @@ class InspectionLoop:
     # --- life
 
     def run(self, stop: threading.Event) -> None:
-        """Tick until `stop` is set, then drain. A server that is away is waited for."""
+        """Tick until `stop` is set, then drain. A server that is away is waited for, and at first also the place of the
+        results: frames that one process after the other takes in vain would end as dead letters.
+        """
+        while not stop.is_set() and not self._recording.is_ready():
+            self._beat()
+            stop.wait(_READY_POLL_S)
         while not stop.is_set():
             try:
                 self.tick()
@@ -250,8 +256,7 @@ class InspectionLoop:
     def _record(self, outcomes: list[Outcome]) -> None:
         """Keep the rows of a batch, one for each frame, and send its verdicts."""
         self._heard = time.monotonic()
-        for outcome in outcomes:
-            self._unsent.append(_verdict(self._recording.add(outcome), outcome.taken.entry.id))
+        self._unsent += [self._recording.add(outcome) for outcome in outcomes]
         self.judged += len(outcomes)
         self._send()
 
@@ -273,23 +278,9 @@ class InspectionLoop:
         self._next_recovery = time.monotonic() + min(1.0, self._settings.claim_idle_ms / 3e3)
         if self._hangs():
             return
-        room = max(0, self._room())
+        # a disk that others had to leave may be this one's too
+        room = 0 if self._recording.is_slow else max(0, self._room())
         entries = self._stream.recover(self._held(), room)
         if entries and len(entries) >= room:  # there may be more
             self._next_recovery = time.monotonic()
         self._take(entries)
-
-
-def _verdict(row: Row, entry_id: bytes) -> VerdictMessage:
-    return VerdictMessage(
-        product=row.product,
-        camera=row.camera,
-        seq=row.seq,
-        verdict=row.verdict,
-        score=math.nan if row.score is None else row.score,
-        threshold=math.nan if row.threshold is None else row.threshold,
-        model_version=row.model_version or "",
-        reason=row.reason or "",
-        total_ms=row.total_ms,
-        id=entry_id,
-    )

@@ -19,11 +19,12 @@ from workers.evidence import UNKNOWN
 from workers.judging import Outcome
 from workers.results import Row, SegmentWriter, captured_at
 from workers.settings import WorkerSettings
-from workers.stream import Entry, Settlement
+from workers.stream import Entry, Settlement, VerdictMessage
 
 logger = logging.getLogger(__name__)
 
 _RETRY_S = 0.5
+_SILENT_S = 2.0  # a store that is far away answers within that
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +72,8 @@ class Recording:
         self._records: list[_Record] = []  # not given to the thread
         self._first_at = 0.0
         self._segment: _Segment | None = None
+        self._check: Future[None] | None = None
+        self._check_since = 0.0
         self._durable: list[_Record] = []
         self._not_before = 0.0
         self.trouble: str | None = None
@@ -84,6 +87,32 @@ class Recording:
         """When the write under way began, on the steady clock; infinity if there is none. Any thread may ask."""
         segment = self._segment
         return math.inf if segment is None or segment.written.done() else segment.since
+
+    def is_ready(self) -> bool:
+        """Ask whether anything can be written, and say whether the answer was yes; waits for nothing.
+
+        Until it was, frames would be taken in vain; `trouble` tells why.
+        """
+        now = time.monotonic()
+        if self._check is None:
+            if now >= self._not_before:
+                self._check, self._check_since = self._thread.submit(self._results.check), now
+            return False
+        if not self._check.done():
+            if now - self._check_since > _SILENT_S:
+                self._say("the place of the results does not answer; no frames are taken until it does")
+            return False
+        error, self._check = self._check.exception(), None
+        if error is not None:
+            self._failed(error, "no frames are taken until they can be written")
+            return False
+        self.trouble = None
+        return True
+
+    @property
+    def is_slow(self) -> bool:
+        """Whether the write under way takes so long that it may never end."""
+        return self.silent_since < time.monotonic() - _SILENT_S
 
     @property
     def is_writing(self) -> bool:
@@ -100,13 +129,13 @@ class Recording:
         under_way = self._segment.records if self._segment else []
         return [record.entry for record in (*self._durable, *under_way, *self._records)]
 
-    def add(self, outcome: Outcome) -> Row:
-        """Make a frame's row, whatever is wrong with it, and hold it."""
+    def add(self, outcome: Outcome) -> VerdictMessage:
+        """Make a frame's row, whatever is wrong with it, hold it, and return the verdict to send."""
         if not self._records:
             self._first_at = time.monotonic()
         row = _row(outcome, self._replica)
         self._records.append(_Record(row, outcome.taken.entry, outcome.taken.frame))
-        return row
+        return _verdict(row, outcome.taken.entry.id)
 
     def mark_late(self, frame_ids: Collection[str]) -> None:
         """Say in the rows of frames added last that their deadline had passed: they were answered by `unknown`. The
@@ -122,6 +151,8 @@ class Recording:
         """Take note of what was written, and have written what is due. Waits for nothing."""
         if self._segment is not None and self._segment.written.done():
             self._end()
+        elif self.is_slow:
+            self._say("the place of the results does not answer; nothing is acknowledged until it does")
         if self._segment is None and self._is_due():
             self._begin()
 
@@ -142,7 +173,7 @@ class Recording:
 
     def shutdown(self) -> None:
         """End the thread once the write under way is done."""
-        self._thread.shutdown()
+        self._thread.shutdown(wait=self._check is None)
 
     def _is_due(self) -> bool:
         now = time.monotonic()
@@ -170,10 +201,15 @@ class Recording:
             self.trouble = None
             return
         self._records, self._first_at = records + self._records, -math.inf
+        self._failed(error, "nothing is acknowledged until it can be written")
+
+    def _failed(self, error: BaseException, consequence: str) -> None:
         self._not_before = time.monotonic() + _RETRY_S
         if not isinstance(error, ResultsUnavailable):
             raise error
-        trouble = f"{error}; nothing is acknowledged until it can be written"
+        self._say(f"{error}; {consequence}")
+
+    def _say(self, trouble: str) -> None:
         if trouble != self.trouble:
             logger.error("%s", trouble)
         self.trouble = trouble
@@ -203,4 +239,19 @@ def _row(outcome: Outcome, replica: str) -> Row:
         map_min=low,
         map_max=high,
         image_jpeg=outcome.image_jpeg,
+    )
+
+
+def _verdict(row: Row, entry_id: bytes) -> VerdictMessage:
+    return VerdictMessage(
+        product=row.product,
+        camera=row.camera,
+        seq=row.seq,
+        verdict=row.verdict,
+        score=math.nan if row.score is None else row.score,
+        threshold=math.nan if row.threshold is None else row.threshold,
+        model_version=row.model_version or "",
+        reason=row.reason or "",
+        total_ms=row.total_ms,
+        id=entry_id,
     )

@@ -98,6 +98,19 @@ class SegmentWriter:
         except OSError as error:
             raise ResultsUnavailable(f"cannot write results to {uri}: {error}") from None
 
+    def check(self) -> None:
+        """Write a file that nobody looks for, and remove it.
+
+        Raises:
+            ResultsUnavailable: nothing can be written.
+        """
+        path = f"{self._folder}/.{self._replica}.check"
+        try:
+            durable.write(self._fs, path, lambda sink: sink.write(b"proctor"))
+            self._fs.delete_file(path)
+        except OSError as error:
+            raise self._unavailable(error) from None
+
     def write(self, rows: Sequence[Row]) -> str:
         """Write one segment and return its path; when this returns, the rows survive a power cut.
 
@@ -110,8 +123,11 @@ class SegmentWriter:
         try:
             durable.write(self._fs, path, lambda sink: _write_table(table, sink))
         except OSError as error:
-            raise ResultsUnavailable(f"cannot write results to {self._folder}: {error}") from None
+            raise self._unavailable(error) from None
         return path
+
+    def _unavailable(self, error: OSError) -> ResultsUnavailable:
+        return ResultsUnavailable(f"cannot write results to {self._folder}: {error}")
 
 
 def _table(rows: Sequence[Row]) -> pa.Table:

@@ -5,6 +5,7 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from benchmarks.faults.line import PRODUCTS, Line
 from producers import keys
@@ -77,7 +78,7 @@ def malformed_entries(line: Line, chance: random.Random) -> str:
     """Put entries into the streams that are no frames."""
     server = line.client()
     for _ in range(10):
-        fields = {bytes(chance.randbytes(4)): chance.randbytes(chance.randrange(200)) for _ in range(3)}
+        fields: Any = {bytes(chance.randbytes(4)): chance.randbytes(chance.randrange(200)) for _ in range(3)}
         fields |= chance.choice(
             [{}, {b"v": b"1"}, {b"v": b"9", b"camera": b"left", b"seq": b"1"}, {b"camera": b"\xff"}]
         )
