@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from models.detector import Detector, Student
 from models.errors import ModelError
-from models.folding import fold_batchnorm
+from models.folding import fold_batchnorm, pool_first
 from models.teachers import Features, Teacher
 
 Network = TypeVar("Network", Teacher, Student)
@@ -81,11 +81,12 @@ def _bfloat16_gain() -> float:
 def prepare(module: Network, device: torch.device, dtype: torch.dtype) -> Network:
     """Return a copy of a float32 network that is ready to infer; the network itself is left as it is.
 
-    The copy is in evaluation mode without gradients, has batch normalisation folded into its convolutions,
-    and lies on `device` in `dtype` and channels_last. A copy that was prepared before cannot be prepared
-    again.
+    The copy is in evaluation mode without gradients, has batch normalisation folded into its convolutions and the
+    stem's bias and ReLU behind its pooling, and lies on `device` in `dtype` and channels_last. A copy that was prepared
+    before cannot be prepared again.
     """
-    ready = fold_batchnorm(module, module.probe()).requires_grad_(False)
+    folded = fold_batchnorm(module, module.probe())
+    ready = pool_first(folded, module.probe()).requires_grad_(False)
     return ready.to(device=device, dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
