@@ -171,6 +171,28 @@ def test_a_student_without_numbers_touches_no_other_row(bench):
     assert np.isnan(scores[1::2]).all()
 
 
+class Spotted(STFPM):
+    """Looks at the last corner of the map only, and gives no number in the first where a map is not all dark."""
+
+    def fuse(self, maps, size, statistics):
+        fused = super().fuse(maps, size, statistics)
+        first = torch.arange(size, device=fused.device) == 0
+        bright = fused.amax((-2, -1), keepdim=True) > 0
+        return fused.masked_fill(first[:, None] & first & bright, torch.nan)
+
+    def score(self, fused):
+        return fused[:, -1, -1]
+
+
+@pytest.mark.parametrize("products", [1, 2])
+def test_one_value_that_is_no_number_makes_no_score_even_where_the_method_does_not_look(bench, products):
+    spotted = [bench.add_other(seed, Spotted(width=0.25)) for seed in range(products)]
+    bolt = bench.add("bolt")
+    maps, scores = bench.executor.run(requests_for(spotted, 4) + requests_for([bolt], 2))
+    assert np.isnan(maps[:4]).sum(axis=(1, 2)).tolist() == [1] * 4
+    assert np.isnan(scores).tolist() == [True] * 4 + [False] * 2
+
+
 def test_what_is_no_picture_is_refused_and_leaves_nothing_behind(bench):
     bolt = bench.add("bolt")
     for _ in range(5):  # more often than there are stages

@@ -84,7 +84,7 @@ class Banks:
                 )
             )
             self.by_structure[key] = bank
-            self._compile(bank.plain, lambda: bank.alone)
+            self._compile(bank.plain, bank.alone)
             self._compile(bank.mixed, bank.slotted)
         return self.by_structure[key]
 

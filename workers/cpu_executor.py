@@ -113,7 +113,9 @@ class CpuExecutor(Executor):
             start += count
         for future in futures:
             future.result()
-        return maps, scores
+        # The largest and the smallest value are finite exactly if all are.
+        finite = np.isfinite(maps.max(axis=(1, 2))) & np.isfinite(maps.min(axis=(1, 2)))
+        return maps, np.where(finite, scores, np.nan)
 
     def ready(self, timeout_s: float) -> bool:
         """Wait until everything is compiled; False if that takes longer."""

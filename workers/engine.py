@@ -1,7 +1,6 @@
 """The engine: the versions in service, and mixed batches of their products' frames."""
 
 import logging
-import math
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -124,7 +123,7 @@ class Engine:
         results: dict[int, tuple[np.ndarray, float]] = {}
         for rows in _groups(requests).values():
             maps, scores = self._executor.run([requests[row] for row in rows])
-            results.update(zip(rows, zip(maps, _checked(maps, scores), strict=True), strict=True))
+            results.update(zip(rows, zip(maps, scores.tolist(), strict=True), strict=True))
         infer_ms = (time.perf_counter() - started) * 1e3
         if len(results) != len(requests):
             raise RuntimeError(f"{len(requests)} frames in, {len(results)} judgements out")
@@ -156,13 +155,6 @@ def _executor(device: torch.device, dtype: torch.dtype | None, budget: Budget) -
     from workers.cuda_executor import CudaExecutor
 
     return CudaExecutor(device, dtype, budget)
-
-
-def _checked(maps: np.ndarray, scores: np.ndarray) -> list[float]:
-    """Scores, not a number where a map holds one value that is none: such a map is worth nothing."""
-    # The largest and the smallest value are finite exactly if all are.
-    finite = np.isfinite(maps.max(axis=(1, 2))) & np.isfinite(maps.min(axis=(1, 2)))
-    return np.where(finite, scores, math.nan).tolist()
 
 
 def _groups(requests: Sequence[Request]) -> dict[tuple[int, int], list[int]]:

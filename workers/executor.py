@@ -93,8 +93,8 @@ class Executor(ABC):
         """Judge frames of one teacher and input size; a resident's frames are neighbours.
 
         Returns:
-            (B, S, S) float32 anomaly maps and (B,) float64 scores, in order. A network that gave no numbers gives
-            none here: nothing is checked.
+            (B, S, S) float32 anomaly maps and (B,) float64 scores, in order. Where a map holds one value that is not
+            a finite number, it is worth nothing, and neither is its score.
 
         Raises:
             DeviceFault: the device is broken and no further batch can be judged.

@@ -78,19 +78,22 @@ class StudentBank:
         self._index = torch.zeros(3 * most, dtype=torch.long, device=self.device)
         capacities = capacities_up_to(most)
         self.mixed = Captures(lane.graphs, capacities, self, self.slotted())
-        self.plain = Captures(lane.graphs, capacities, self, self.alone)
+        self.plain = Captures(lane.graphs, capacities, self, self.alone())
 
     @property
     def nbytes(self) -> int:
         """Memory of all slots."""
         return self._slots.nbytes + self._one.nbytes
 
-    def slotted(self) -> Slotted:
-        """Return a network over the slots; each thread that calls one needs its own."""
-        return Slotted(self._student, self._detector, self.lane.size, self._slots)
+    def slotted(self) -> Compute:
+        """Return what judges by the slots; each thread that calls it needs its own."""
+        return _checked(Slotted(self._student, self._detector, self.lane.size, self._slots))
 
-    def alone(self, images: Tensor, features: Features, slots: Tensor) -> tuple[Tensor, Tensor]:
-        """Judge as `Slotted` does, all by the one version that was last called to the front."""
+    def alone(self) -> Compute:
+        """Return what judges all by the one version that was last called to the front."""
+        return _checked(self._alone)
+
+    def _alone(self, images: Tensor, features: Features, slots: Tensor) -> tuple[Tensor, Tensor]:
         maps = self._detector.scale_maps(self._student(images, features))
         fused = self._detector.fuse(maps, self.lane.size, self._student.statistics)
         return fused, self._detector.score(fused)
@@ -159,6 +162,16 @@ class StudentBank:
         images, *features = (_picked(each, rows) for each in (buffers.images, *buffers.features))
         for target, found in zip(out, compute(images, tuple(features), slots), strict=True):
             target.index_copy_(0, targets, found.float())
+
+
+def _checked(judge: Compute) -> Compute:
+    """Return what judges likewise, but gives no number as the score of a map that holds a value that is none."""
+
+    def checked(images: Tensor, features: Features, slots: Tensor) -> tuple[Tensor, Tensor]:
+        maps, scores = judge(images, features, slots)
+        return maps, scores.where(maps.isfinite().flatten(1).all(1), torch.nan)
+
+    return checked
 
 
 def _picked(values: Tensor, rows: Tensor) -> Tensor:
