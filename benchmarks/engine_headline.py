@@ -36,12 +36,16 @@ def headline(bench: Bench, rounds: int, swaps: int, say: Say) -> dict[str, Any]:
     engine = make_engine(registry, bench.weights, bench.budget(batch))
     pictures = list(itertools.islice(itertools.cycle(textures(PICTURES, PAIR.size)), batch))
     with serving(engine, registry, student, batch) as residents:
-        calls = _engine_calls(engine, residents, pictures, batch) | _plain_calls(bench, student, pictures)
+        there = [torch.from_numpy(picture).to(bench.device) for picture in pictures]
+        calls = {name: bench.full(call) for name, call in _engine_calls(engine, residents, pictures, there).items()}
+        calls |= {name: bench.full(call) for name, call in _plain_calls(bench, student, pictures).items()}
+        calls["batch_1"] = judging(engine, even_batches(residents[:1], 1, there)), 1
         say(f"{PAIR.name}: engine and plain way in turn, {rounds} rounds")
-        timings = interleaved(calls, QUICK if bench.patience is QUICK else ROUND, rounds)
+        runs = {name: call for name, (call, _) in calls.items()}
+        timings = interleaved(runs, QUICK if bench.patience is QUICK else ROUND, rounds)
         say(f"{PAIR.name}: {swaps} swaps of versions under load")
         swapped = hot_swap_ms(engine, registry, student, pictures, swaps)
-    fps = {name: timing.rates(1 if name == "batch_1" else batch)["fps"] for name, timing in timings.items()}
+    fps = {name: timing.rates(calls[name][1] * batch)["fps"] for name, timing in timings.items() if name != "batch_1"}
     return _figures(bench, fps) | {
         "batch_1_ms": round(timings["batch_1"].median_s * 1e3, 3),
         "hot_swap_ms": swapped,
@@ -55,7 +59,9 @@ def _figures(bench: Bench, fps: dict[str, float]) -> dict[str, Any]:
         "device": str(bench.device),
         "batch": bench.sizes.batch,
         "products": bench.sizes.batch,
+        "callers": bench.callers,
         "single_fps": fps["single"],
+        "device_fps": fps["device"],
         "mixed_fps": fps["mixed"],
         "peer_fps": peer,
         "mixed_to_single": ratio(fps["mixed"], fps["single"]),
@@ -67,10 +73,11 @@ def _figures(bench: Bench, fps: dict[str, float]) -> dict[str, Any]:
 
 
 def _engine_calls(
-    engine: Engine, residents: Sequence[Resident], pictures: Sequence[np.ndarray], batch: int
+    engine: Engine, residents: Sequence[Resident], pictures: Sequence[np.ndarray], there: Sequence[torch.Tensor]
 ) -> dict[str, Callable[[], object]]:
+    batch = len(pictures)
     return {
-        "batch_1": judging(engine, even_batches(residents[:1], 1, pictures)),
+        "device": judging(engine, even_batches(residents[:1], batch, there)),
         "single": judging(engine, even_batches(residents[:1], batch, pictures)),
         "mixed": judging(engine, even_batches(residents, batch, pictures)),
         "zipf": judging(engine, zipf_batches(residents, batch, pictures)),

@@ -3,6 +3,7 @@
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -64,6 +65,21 @@ def timed(call: Callable[[], object], patience: Patience) -> Timing:
         call()
         seconds.append(time.perf_counter() - started)
     return Timing(tuple(seconds))
+
+
+def in_threads(call: Callable[[], object], callers: int, each: int) -> Callable[[], None]:
+    """Return a call that has so many threads make a call side by side, `each` times each."""
+    threads = ThreadPoolExecutor(callers)
+
+    def repeat() -> None:
+        for _ in range(each):
+            call()
+
+    def run() -> None:
+        for done in [threads.submit(repeat) for _ in range(callers)]:
+            done.result()
+
+    return run
 
 
 def interleaved(calls: Mapping[str, Callable[[], object]], patience: Patience, rounds: int) -> dict[str, Timing]:
