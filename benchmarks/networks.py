@@ -115,9 +115,11 @@ def publish(registry: Registry, student: TrainedStudent, product: str, threshold
     return registry.publish(draft, student.student).version
 
 
-def make_engine(registry: Registry, weights: Weights, budget: Budget, dtype: torch.dtype | None = None) -> Engine:
-    """Return an engine on the device that there is."""
-    return Engine(registry, teacher_weights=weights.files, dtype=dtype, budget=budget)
+def make_engine(
+    registry: Registry, weights: Weights, budget: Budget, dtype: torch.dtype | None = None, device: str = "auto"
+) -> Engine:
+    """Return an engine, on the device that there is unless another is named."""
+    return Engine(registry, device, weights.files, dtype, budget)
 
 
 @contextlib.contextmanager
@@ -130,8 +132,10 @@ def serving(engine: Engine, registry: Registry, student: TrainedStudent, product
         engine.install(engine.build(product, publish(registry, student, product)))
     await_ready(engine)
     found = [engine.resident(f"p{number}") for number in range(products)]
-    yield [each for each in found if each is not None]
-    engine.close()
+    try:
+        yield [each for each in found if each is not None]
+    finally:
+        engine.close()
 
 
 def await_ready(engine: Engine) -> None:

@@ -120,7 +120,7 @@ def _our_ways(folder: Path, options: argparse.Namespace, stack: ExitStack) -> li
     ways: list[_Way] = []
     for number, (network, dtype) in enumerate(asked):
         registry = Registry(folder / str(number))
-        engine = make_engine(registry, weights, budget, dtype)
+        engine = make_engine(registry, weights, budget, dtype, "cpu")
         ways += _ways_of(network, weights, registry, engine, stack)
     return ways
 

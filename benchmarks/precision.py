@@ -11,6 +11,7 @@ within 2 % of it.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -98,16 +99,20 @@ def _measure(each: InspectionSet, options: argparse.Namespace, dtype: torch.dtyp
 def _scores(
     registry: Registry, weights: Weights, card: ModelCard, tested: np.ndarray, budget: Budget, dtype: torch.dtype
 ) -> np.ndarray:
-    """Judge (N, S, S, 3) uint8 RGB images by an engine of its own; return (N,) float64 scores."""
-    engine = make_engine(registry, weights, budget, dtype)
-    resident = engine.build(card.product, card.version)
-    engine.install(resident)
-    await_ready(engine)
-    scores: list[float] = []
-    for first in range(0, len(tested), _BATCH):
-        judged = engine.judge([Request(resident, image) for image in tested[first : first + _BATCH]])
-        scores += [each.score for each in judged]
-    return np.array(scores)
+    """Judge (N, S, S, 3) uint8 RGB images by an engine of its own; return (N,) float64 scores.
+
+    On a GPU float32 is what its name says here: convolutions would be computed in TF32, ten bits of mantissa.
+    """
+    torch.backends.cudnn.allow_tf32 = False
+    with contextlib.closing(make_engine(registry, weights, budget, dtype)) as engine:
+        resident = engine.build(card.product, card.version)
+        engine.install(resident)
+        await_ready(engine)
+        scores: list[float] = []
+        for first in range(0, len(tested), _BATCH):
+            judged = engine.judge([Request(resident, image) for image in tested[first : first + _BATCH]])
+            scores += [each.score for each in judged]
+        return np.array(scores)
 
 
 def compare(exact: np.ndarray, fast: np.ndarray, defects: np.ndarray, threshold: float) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import gc
 import threading
 import time
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -18,11 +19,12 @@ from models.registry import Registry
 from models.stfpm import STFPM
 from models.teachers import load_teacher
 from models.versions import restore
+from workers import graphs
 from workers.cuda_executor import CudaExecutor
 from workers.device_faults import is_fault, is_out_of_memory
 from workers.errors import DeviceFault
 from workers.executor import Budget, Request
-from workers.graphs import Captures, Graphs, capacities_up_to
+from workers.graphs import Captures, Graphs, capacities_up_to, capturing
 from workers.slot_table import SlotTable
 
 CPU = torch.device("cpu")
@@ -475,9 +477,9 @@ def adopted(monkeypatch):
     """The captures that have taken compiled networks."""
     told, adopt = [], Captures.adopt
 
-    def adopt_and_tell(self, compute, pause):
-        adopt(self, compute, pause)
-        told.append(self)
+    def adopt_and_tell(self, compute, pause, *, largest_only=False):
+        adopt(self, compute, pause, largest_only=largest_only)
+        told.append((self, largest_only))
 
     monkeypatch.setattr(Captures, "adopt", adopt_and_tell)
     return told
@@ -486,8 +488,8 @@ def adopted(monkeypatch):
 def test_compiled_networks_take_their_places_while_judging_goes_on(versions, monkeypatch, adopted):
     compiled = []
 
-    def compile_(compute, dynamic):
-        compiled.append(compute)
+    def compile_(compute, dynamic, options):
+        compiled.append(options)
         return compute
 
     monkeypatch.setattr(torch, "compile", compile_)
@@ -495,15 +497,49 @@ def test_compiled_networks_take_their_places_while_judging_goes_on(versions, mon
     residents = [bench.add("bolt"), bench.add("nut")]
     bench.assert_judged(requests_for(residents, 8))
     assert bench.executor.ready(60)
-    assert len(adopted) == 3
+    assert [largest_only for _, largest_only in adopted] == [False] * 3 + [True] * 3  # what takes minutes comes last
     bench.assert_judged(requests_for(residents, 8))
     bench.assert_judged(requests_for(residents[:1], 8))
     bench.executor.close()
-    assert len(compiled) == 3
+    assert compiled == [None] * 3 + [{"max_autotune": True}] * 3
+
+
+def test_a_structure_that_is_gone_leaves_its_memory_to_others_though_it_was_compiled(versions, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda compute, dynamic, options: compute)
+    bench = Bench(versions, compiled=True)
+    gone = bench.add_other(1)
+    assert bench.executor.ready(60)
+    bank = weakref.ref(gone.held.bank)
+    del gone
+    bench._prepared.clear()
+    gc.collect()
+    bench.add_other(2, STFPM(width=0.375))
+    assert bench.executor.ready(60)
+    gc.collect()
+    assert bank() is None
+    bench.executor.close()
+
+
+def test_a_version_does_not_wait_for_what_is_compiled_for_others(versions, monkeypatch):
+    """Without a graph until then; where there is no CUDA there are none, so what asks for one is played."""
+    monkeypatch.setattr(graphs, "_PATIENCE_S", 0.01)
+    monkeypatch.setattr(Graphs, "_captured", lambda *_: pytest.fail("captured beside another"))
+    made = Graphs(CPU)
+    monkeypatch.setattr(made._stream, "cuda", object())
+    done = []
+
+    class Work:
+        def do(self, compute, capacity):
+            done.append((compute, capacity))
+
+    with capturing:
+        captures = Captures(made, (1, 4), Work(), "plain")
+    captures(4)
+    assert (done, captures.lacks_graphs) == ([("plain", 4)], True)
 
 
 def test_a_failing_compiler_is_heard_once_and_costs_nothing(versions, monkeypatch, caplog):
-    def compile_(compute, dynamic):
+    def compile_(compute, dynamic, options):
         raise RuntimeError("no compiler for this")
 
     monkeypatch.setattr(torch, "compile", compile_)
@@ -545,6 +581,6 @@ def test_compiled_graphs_give_what_plain_networks_give(versions, adopted):
     bench = Bench(versions, torch.device("cuda"), torch.float16, compiled=True, max_batch=2)
     residents = [bench.add("bolt"), bench.add("nut")]
     assert bench.executor.ready(280)
-    assert len(adopted) == 3
+    assert len(adopted) == 6
     bench.assert_judged(requests_for(residents, 6), 5e-2)
     bench.assert_judged(requests_for(residents[:1], 6), 5e-2)

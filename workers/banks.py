@@ -4,7 +4,8 @@ import logging
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 
@@ -53,6 +54,7 @@ class Banks:
         self._device, self._dtype, self._budget = device, dtype, budget
         self._graphs, self._building = Graphs(device), threading.Lock()
         self._compiler = BackgroundCompiler() if budget.compiled else None
+        self._improved: set[Lane] = set()
 
     def hold(self, detector: Detector, student: Student, teacher: Teacher, size: int) -> Held:
         """Take a prepared student from the CPU, and bring it to the device if nobody must make room for it."""
@@ -68,7 +70,6 @@ class Banks:
         if key not in self._lanes:
             lane = self._smaller(lambda _: Lane(teacher, size, self.max_batch, self._dtype, self._graphs))
             self._lanes[key] = lane
-            self._compile(lane.looks, lambda: lane.look)
         return self._lanes[key]
 
     def _bank(self, lane: Lane, detector: Detector, student: Student) -> StudentBank:
@@ -84,14 +85,21 @@ class Banks:
                 )
             )
             self.by_structure[key] = bank
-            self._compile(bank.plain, bank.alone)
-            self._compile(bank.mixed, bank.slotted)
+            # Not before the bank is there: compiling would keep it from being captured.
+            if lane not in self._improved:
+                self._improved.add(lane)
+                self._improve(lane.looks, lambda: lane.look)
+            self._improve(bank.plain, bank.alone)
+            self._improve(bank.mixed, bank.slotted)
         return self.by_structure[key]
 
-    def _compile(self, captures: Captures, compute: Callable[[], Compute]) -> None:
-        """Let a compiled form of what `compute` returns take the place of what is captured, some time."""
-        if self._compiler:
-            self._compiler.add(captures, lambda: _adopt_compiled(captures, compute(), self.pause))
+    def _improve(self, captures: Captures, compute: Callable[[], Compute]) -> None:
+        """Let faster forms of what `compute` returns take the place of what is captured, one after the other."""
+        if self._compiler is None:
+            return
+        for rank, form in enumerate((_adopt_graphs, _adopt_compiled, _adopt_tuned)):
+            # A key of its own: the compiler remembers keys, and what is captured must be free to go.
+            self._compiler.add(object(), partial(form, captures, compute, self.pause), rank)
 
     def _drop_deserted(self) -> None:
         """Give the memory of structures back that no version in use has."""
@@ -148,9 +156,27 @@ class Banks:
             self._compiler.close()
 
 
-def _adopt_compiled(captures: Captures, compute: Compute, pause: Pause) -> None:
+def _adopt_graphs(captures: Captures, compute: Callable[[], Compute], pause: Pause) -> None:
+    """Capture what was made while others were compiled."""
+    if captures.lacks_graphs:
+        with torch.no_grad():
+            captures.adopt(compute(), pause)
+
+
+def _adopt_compiled(captures: Captures, compute: Callable[[], Compute], pause: Pause) -> None:
+    with torch.no_grad():
+        captures.adopt(_compiled(compute()), pause)
+
+
+def _adopt_tuned(captures: Captures, compute: Callable[[], Compute], pause: Pause) -> None:
+    """Of every convolution time several forms, which takes minutes and is worth it for full batches."""
+    with torch.no_grad():
+        captures.adopt(_compiled(compute(), max_autotune=True), pause, largest_only=True)
+
+
+def _compiled(compute: Compute, **options: bool) -> Compute:
     import torch._dynamo.config as dynamo
 
     dynamo.recompile_limit = dynamo.accumulated_recompile_limit = _RECOMPILATIONS
-    with torch.no_grad():
-        captures.adopt(torch.compile(compute, dynamic=False), pause)
+    chosen: dict[str, Any] = dict(options)
+    return torch.compile(compute, dynamic=False, options=chosen or None)

@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import itertools
 import logging
 import os
 import queue
@@ -13,6 +14,7 @@ from pathlib import Path
 logger = logging.getLogger(__name__)
 
 _NICENESS, _PATIENCE_S = 19, 5.0
+_LAST = 1 << 30
 
 
 def cache_folder() -> Path:
@@ -25,7 +27,8 @@ class BackgroundCompiler:
     """A thread that compiles what it is given, in order; what cannot be compiled is left as it is."""
 
     def __init__(self) -> None:
-        self._tasks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._tasks: queue.PriorityQueue[tuple[int, int, Callable[[], None] | None]] = queue.PriorityQueue()
+        self._numbers = itertools.count()
         self._known: set[Hashable] = set()
         self._reasons: set[str] = set()
         self._open = 0
@@ -34,14 +37,20 @@ class BackgroundCompiler:
         self._thread = threading.Thread(target=self._run, name="compiler", daemon=True)
         self._thread.start()
 
-    def add(self, key: Hashable, task: Callable[[], None]) -> None:
-        """Have a task done that compiles something and puts it to use, once for each `key`."""
+    def add(self, key: Hashable, task: Callable[[], None], rank: int = 0) -> None:
+        """Have a task done that compiles something and puts it to use.
+
+        Args:
+            key: nothing is done again for a key; keys are remembered.
+            task: does both.
+            rank: tasks of a lower one come first.
+        """
         with self._changed:
             if self._closed or key in self._known:
                 return
             self._known.add(key)
             self._open += 1
-        self._tasks.put(task)
+        self._tasks.put((rank, next(self._numbers), task))
 
     def wait(self, timeout_s: float) -> bool:
         """Wait until nothing is left to compile; False if that takes longer."""
@@ -52,15 +61,16 @@ class BackgroundCompiler:
         """Compile nothing more; what is being compiled is waited for, a few seconds."""
         with self._changed:
             self._closed = True
-        self._tasks.put(None)
+        self._tasks.put((_LAST, next(self._numbers), None))
         self._thread.join(_PATIENCE_S)
 
     def _run(self) -> None:
         # Linux has niceness by thread; the compiler that is started from here has it too.
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
-        while (task := self._tasks.get()) is not None:
+        while (task := self._tasks.get()[-1]) is not None:
             if not self._closed:
                 self._compile(task)
+            del task  # what it compiled for may be gone before the next one comes
             with self._changed:
                 self._open -= 1
                 self._changed.notify_all()

@@ -136,7 +136,8 @@ class CudaExecutor(Executor):
             self._release(lane, stage)
             if not is_out_of_memory(error) or len(requests) == 1:
                 raise
-        self._banks.shrink(len(requests))
+        if len(requests) <= self.max_batch:  # else another thread has found it out meanwhile
+            self._banks.shrink(len(requests))
         return None
 
     def _launch(self, lane: Lane, stage: Stage, requests: Sequence[Request]) -> _Batch:

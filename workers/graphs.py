@@ -21,6 +21,8 @@ Pause = Callable[[], AbstractContextManager[None]]
 # tuning of kernels does that, so rehearsals are under the lock too.
 capturing = threading.Lock()
 _REHEARSALS = 2
+# Somebody else's compilation may hold the lock for minutes; a version that is to serve does not wait for it.
+_PATIENCE_S = 1.0
 
 
 class Job(Protocol):
@@ -51,15 +53,36 @@ class Graphs:
         self._rehearsals = Stream(device)
         self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
 
-    def capture(self, job: Job, compute: Compute, capacity: int) -> Callable[[], None]:
-        """Return a call that does the job for `capacity` rows, queued on the caller's stream."""
+    @property
+    def exist(self) -> bool:
+        """Whether the device has graphs."""
+        return self._stream.cuda is not None
+
+    def capture(self, job: Job, compute: Compute, capacity: int, *, patient: bool = False) -> Callable[[], None]:
+        """Return a call that does the job for `capacity` rows, queued on the caller's stream.
+
+        Args:
+            job: the work.
+            compute: what it is done with.
+            capacity: rows.
+            patient: wait for as long as others compile and capture; else the call does without a graph then.
+        """
 
         def plainly() -> None:
             job.do(compute, capacity)
 
-        if self._stream.cuda is None:
+        if not self.exist:
             return plainly
-        with capturing, torch.cuda.device(self._device):
+        if not capturing.acquire(timeout=-1 if patient else _PATIENCE_S):
+            logger.info("a network runs without its graph until others are compiled")
+            return plainly
+        try:
+            return self._captured(job, compute, capacity, plainly)
+        finally:
+            capturing.release()
+
+    def _captured(self, job: Job, compute: Compute, capacity: int, plainly: Callable[[], None]) -> Callable[[], None]:
+        with torch.cuda.device(self._device):
             torch.cuda.synchronize()
             with self._rehearsals.use():
                 for _ in range(_REHEARSALS):
@@ -109,7 +132,13 @@ class Captures:
 
     def __init__(self, graphs: Graphs, capacities: Sequence[int], job: Job, compute: Compute) -> None:
         self._graphs, self._job = graphs, job
-        self._works = {capacity: graphs.capture(job, compute, capacity) for capacity in capacities}
+        # The largest first: kernels are tuned at their first use, and memory of the pool is used again by smaller ones.
+        self._works = {capacity: graphs.capture(job, compute, capacity) for capacity in reversed(capacities)}
+
+    @property
+    def lacks_graphs(self) -> bool:
+        """Whether some of the work is done without a graph where there could be one."""
+        return self._graphs.exist and not all(isinstance(work, _Recorded) for work in self._works.values())
 
     def capacity(self, count: int) -> int:
         """Return the smallest capacity that holds `count` rows."""
@@ -119,15 +148,17 @@ class Captures:
         """Do the job for `capacity` rows, one of the capacities."""
         self._works[capacity]()
 
-    def adopt(self, compute: Compute, pause: Pause) -> None:
+    def adopt(self, compute: Compute, pause: Pause, *, largest_only: bool = False) -> None:
         """Do the job with another function from now on, one capacity after the other.
 
         Args:
             compute: gives what the one before gave.
             pause: no work is queued nor under way in its context.
+            largest_only: leave all other capacities as they are.
         """
-        for capacity in sorted(self._works, reverse=True):
-            work = self._graphs.capture(self._job, compute, capacity)
+        capacities = sorted(self._works, reverse=True)
+        for capacity in capacities[:1] if largest_only else capacities:
+            work = self._graphs.capture(self._job, compute, capacity, patient=True)
             with pause():
                 if capacity in self._works:
                     self._works[capacity] = work
