@@ -6,14 +6,39 @@ costs. Elsewhere, and for convolutions that the kernel does not suit, each frame
 
 from __future__ import annotations
 
+import logging
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from models.geometry import Geometry
 
+logger = logging.getLogger(__name__)
+
 # With fewer channels in a group (depthwise convolutions) matrix tiles would be mostly empty.
 _SMALLEST_GROUP = 8
+
+
+_kernel_works = True
+
+
+def try_kernel(device: torch.device) -> None:
+    """Find out whether the kernel can be compiled on a device; where it cannot, all weights are gathered from then on.
+
+    Until it is called the kernel is trusted.
+    """
+    global _kernel_works  # noqa: PLW0603
+    from models.slotted_kernel import trial
+
+    try:
+        trial(device)
+    except Exception as error:  # whatever a compiler that is not there may raise
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        logger.warning("mixed batches are slower: Triton cannot compile here (a C compiler, Python.h?): %s", reason)
+        _kernel_works = False
+    else:
+        _kernel_works = True
 
 
 def slotted_conv2d(x: Tensor, weights: Tensor, bias: Tensor | None, slots: Tensor, geometry: Geometry) -> Tensor:
@@ -29,7 +54,7 @@ def slotted_conv2d(x: Tensor, weights: Tensor, bias: Tensor | None, slots: Tenso
     Returns:
         (B, O, OH, OW) in x's dtype, channels_last.
     """
-    if x.is_cuda and (geometry.groups == 1 or weights.shape[2] >= _SMALLEST_GROUP):
+    if x.is_cuda and _kernel_works and (geometry.groups == 1 or weights.shape[2] >= _SMALLEST_GROUP):
         return indirect_conv2d(x, weights, bias, slots, geometry.numbers)
     return gathered_conv2d(x, weights, bias, slots, geometry)
 

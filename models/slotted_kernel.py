@@ -113,6 +113,22 @@ def kernel() -> Any:
     return triton.jit(_convolve)
 
 
+def _one(out):  # type: ignore[no-untyped-def]
+    tl.store(out, 1.0)
+
+
+def trial(device: torch.device) -> None:
+    """Have Triton compile and run a kernel that stores one number.
+
+    Raises:
+        Exception: It cannot; most often there is no C compiler, or Python's headers are not installed.
+    """
+    out = torch.zeros(1, device=device)
+    triton.jit(_one)[(1,)](out)
+    if out.item() != 1.0:
+        raise RuntimeError("a kernel ran and did nothing")
+
+
 @cache
 def _tuned() -> Any:
     """Return the kernel with tiles to choose from: few, since each is compiled and timed once for each layer's shape.

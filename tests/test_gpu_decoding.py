@@ -11,7 +11,7 @@ from producers.errors import UnreadableImage
 from producers.frame import MAX_PIXELS, Picture
 from workers import gpu_decoding
 from workers.decoding import CpuDecoders, make_decoders
-from workers.gpu_decoding import GpuDecoders, nvjpeg
+from workers.gpu_decoding import GpuDecoders, decoders_beside, nvjpeg
 from workers.graphs import capturing
 from workers.settings import WorkerSettings
 
@@ -181,6 +181,20 @@ def test_a_host_without_a_gpu_decodes_on_the_cpu():
     (picture,) = pictures(1)
     assert_on_host(decoders.submit(picture, 32), picture, size=32)
     decoders.shutdown()
+
+
+def test_a_gpu_that_decodes_nothing_is_said_once_and_the_cpu_decodes(caplog):
+    def refuse(encoded):
+        raise RuntimeError("Failed to initialize nvjpeg with hardware backend\nmore")
+
+    on_cpu = CpuDecoders(1, MAX_PIXELS)
+    assert decoders_beside(on_cpu, CPU, 8, MAX_PIXELS, refuse) is on_cpu
+    assert caplog.messages == [
+        "[worker] gpu_decode: cpu decodes no JPEG, so the CPU does: Failed to initialize nvjpeg with hardware backend"
+    ]
+    able = decoders_beside(on_cpu, CPU, 8, MAX_PIXELS, lambda _: [torch.zeros(3, 16, 16).byte()])
+    assert isinstance(able, GpuDecoders)
+    able.shutdown()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: nvJPEG")

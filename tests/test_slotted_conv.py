@@ -4,12 +4,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.nn import functional as F
 
-from models import slotted_kernel
+from models import slotted_conv, slotted_kernel
 from models.slotted_conv import Geometry, gathered_conv2d, slotted_conv2d
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -88,6 +89,7 @@ def check_the_kernel() -> None:
             close = 1e-4 if dtype == torch.float32 else 2e-3
             wanted = expected(x, weights, bias, case)
             torch.testing.assert_close(out.float(), wanted, rtol=close, atol=close * float(wanted.abs().max()))
+    slotted_kernel.trial(torch.device("cpu"))
     x, weights, bias = tensors(CASES[2], torch.float32)
     weights[0].fill_(torch.nan)
     x[3].fill_(torch.inf)
@@ -103,6 +105,27 @@ def test_the_kernel_gives_each_frame_its_own_convolution():
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", command], cwd=ROOT, env=environment, capture_output=True, check=False)
     assert done.returncode == 0, done.stderr.decode()[-3000:]
+
+
+def test_where_triton_cannot_compile_weights_are_gathered_and_it_is_said_once(monkeypatch, caplog):
+    def no_compiler(device):
+        raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable.\nmore")
+
+    monkeypatch.setattr(slotted_conv, "_kernel_works", True)
+    monkeypatch.setattr(slotted_kernel, "trial", no_compiler)
+    slotted_conv.try_kernel(torch.device("cpu"))
+    assert len(caplog.messages) == 1
+    assert "Failed to find C compiler" in caplog.messages[0]
+    asked = []
+    monkeypatch.setattr(slotted_conv, "indirect_conv2d", lambda *_: asked.append("kernel"))
+    monkeypatch.setattr(slotted_conv, "gathered_conv2d", lambda *_: asked.append("gathered"))
+    x, weights, bias = tensors(CASES[2], torch.float32)
+    there = SimpleNamespace(is_cuda=True, shape=x.shape)
+    slotted_conv2d(there, weights, bias, torch.tensor(SLOTS), geometry(CASES[2]))
+    monkeypatch.setattr(slotted_kernel, "trial", lambda device: None)
+    slotted_conv.try_kernel(torch.device("cpu"))
+    slotted_conv2d(there, weights, bias, torch.tensor(SLOTS), geometry(CASES[2]))
+    assert asked == ["gathered", "kernel"]
 
 
 def test_the_operator_tells_the_compiler_the_shape_of_its_result():

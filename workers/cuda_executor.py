@@ -22,11 +22,13 @@ from models.detector import Detector, Student
 from models.device_resize import fit_on_device
 from models.inference import prepare
 from models.preprocess import fit_to_input
+from models.slotted_conv import try_kernel
 from models.teachers import Teacher
 from workers.banks import Banks
 from workers.device_faults import is_fault, is_out_of_memory
 from workers.errors import DeviceFault
 from workers.executor import Budget, Executor, Request, Resident
+from workers.graphs import capturing
 from workers.lane import Lane, Stage
 from workers.streams import Mark, finish
 from workers.student_bank import Held, StudentBank
@@ -65,6 +67,9 @@ class CudaExecutor(Executor):
         self._banks = Banks(device, dtype, budget)
         self._streams = self._banks.streams
         self._fault: str | None = None
+        if device.type == "cuda":
+            with capturing:
+                try_kernel(device)
 
     @property
     def max_batch(self) -> int:

@@ -93,6 +93,6 @@ def make_decoders(settings: WorkerSettings, device: torch.device) -> Decoders:
     on_cpu = CpuDecoders(settings.decode_threads, max_pixels)
     if device.type != "cuda" or not settings.gpu_decode:
         return on_cpu
-    from workers.gpu_decoding import GpuDecoders, nvjpeg
+    from workers.gpu_decoding import decoders_beside, nvjpeg
 
-    return GpuDecoders(on_cpu, device, settings.max_batch, max_pixels, nvjpeg(device))
+    return decoders_beside(on_cpu, device, settings.max_batch, max_pixels, nvjpeg(device))

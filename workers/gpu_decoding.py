@@ -112,6 +112,21 @@ class GpuDecoders:
         return results
 
 
+def decoders_beside(
+    on_cpu: Decoders, device: torch.device, max_batch: int, max_pixels: int, decoder: BatchDecoder
+) -> Decoders:
+    """Return decoders as `GpuDecoders` describes them, or those of the CPU alone where the GPU decodes no JPEG."""
+    picture = Picture.encode(np.zeros((16, 16, 3), np.uint8), "jpeg")
+    try:
+        with capturing:
+            decoder([torch.from_numpy(np.frombuffer(bytearray(picture.data), np.uint8))])
+    except Exception as error:
+        reason = str(error).partition("\n")[0]
+        logger.warning("[worker] gpu_decode: %s decodes no JPEG, so the CPU does: %s", device, reason)
+        return on_cpu
+    return GpuDecoders(on_cpu, device, max_batch, max_pixels, decoder)
+
+
 def is_sound_jpeg(picture: Picture, max_pixels: int) -> bool:
     """Whether the GPU may see it: a JPEG of the declared size whose end is there.
 
