@@ -87,6 +87,10 @@ class AssociativeStudent(Student):
         """Remember the normal images' scenes."""
         self.memory.remember(source)
 
+    def round_up(self) -> None:
+        """Fill the memory up to one of few sizes, see the interface."""
+        self.memory.fill_up()
+
     def forward(self, images: Tensor, features: Features) -> Pairs:
         """Return the network's pairs, then the memory's; in training the memory is left out of the work."""
         pairs = self.forwards(images, features)

@@ -63,6 +63,13 @@ class Student(nn.Module, ABC):
     def begin(self, source: NormalBatches) -> None:
         """Look at all normal images once before the first step; most students need not."""
 
+    def round_up(self) -> None:
+        """Bring tensors whose size depends on the training images to one of few sizes; the results stay the same.
+
+        Then students of different trainings are of one structure, for which one graph and one compiled program are
+        enough. Done once, to a student that only infers; most have nothing to bring.
+        """
+
     def probe(self) -> tuple[Tensor, Features]:
         """Return a random input, as for a 64 x 64 image, to compare two forms of the student by."""
         generator = torch.Generator().manual_seed(0)

@@ -87,6 +87,8 @@ def prepare(module: Network, device: torch.device, dtype: torch.dtype) -> Networ
     """
     folded = fold_batchnorm(module, module.probe())
     ready = pool_first(folded, module.probe()).requires_grad_(False)
+    if isinstance(ready, Student):
+        ready.round_up()
     return ready.to(device=device, dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 

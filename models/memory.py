@@ -20,6 +20,8 @@ _CODE_CELLS, _CODE_LENGTH = 4, 128
 # Positions attend together in blocks, to the same block of the similar scenes and so many positions around it.
 _BLOCK, _MARGIN = 4, 1
 _SAMPLED_POSITIONS = 40_000
+# A filled-up memory has so many scenes at least. Those that fill it are so far away that nothing comes of them.
+_FEWEST, _FAR = 64, 1e6
 
 
 class SceneMemory(Statistics, ByOperator):
@@ -50,6 +52,7 @@ class SceneMemory(Statistics, ByOperator):
     keys: Tensor
     lengths: Tensor
     means: Tensor
+    absent: Tensor
 
     def __init__(
         self,
@@ -76,7 +79,7 @@ class SceneMemory(Statistics, ByOperator):
         }
         for name, value in empty.items():
             self.register_buffer(name, value)
-        for name in ("keys", "lengths", "means"):
+        for name in ("keys", "lengths", "means", "absent"):
             self.register_buffer(name, torch.empty(0), persistent=False)
         self._keep(torch.zeros(1, 1, 1, components, dtype=torch.int8))
 
@@ -124,6 +127,20 @@ class SceneMemory(Statistics, ByOperator):
         self.keys = keys.flatten(2).to(torch.int8)
         self.lengths = keys.square().sum(-1) * (0.5 * self.step.square())
         self.means = F.avg_pool2d(grids, block).round().flatten(2).transpose(1, 2).to(torch.int8)
+        # (N,) float32, what is taken off a scene's likeness and added to its distances.
+        self.absent = self.step.new_zeros(len(scenes))
+
+    def fill_up(self) -> None:
+        """Fill up with scenes that are never recalled, so that their number is a power of two, and codes to their full
+        length. Afterwards `scenes` are no longer those remembered alone.
+        """
+        more = max(_FEWEST, 1 << (len(self.codes) - 1).bit_length()) - len(self.codes)
+        longer = max(0, _CODE_LENGTH - self.codes.shape[1])
+        self.code_basis = F.pad(self.code_basis, (0, longer))
+        self.codes = F.pad(self.codes, (0, longer, 0, more))
+        self.keys, self.means = (F.pad(each, (0, 0, 0, 0, 0, more)) for each in (self.keys, self.means))
+        self.lengths = F.pad(self.lengths, (0, 0, 0, 0, 0, more), value=_FAR)
+        self.absent = F.pad(self.absent, (0, more), value=_FAR)
 
     def _principal(self, source: NormalBatches, chunks: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Return mean and principal components of descriptors, from a sample of all positions."""
@@ -144,13 +161,13 @@ class SceneMemory(Statistics, ByOperator):
         if found.shape[-1] != self.side:
             found = F.interpolate(found, (self.side,) * 2, mode="bilinear", align_corners=False)
         recall = torch.ops.proctor.recalled if self.by_operator else _recalled
-        kept = [self.keys, self.lengths, self.means, self.step]
+        kept = [self.keys, self.lengths, self.means, self.step, self.absent]
         return Pair(found, recall(found, self._most_similar(features), kept, self._attended, self._temperature))
 
     def _most_similar(self, features: Features) -> Tensor:
         """Return the indices of the scenes most like each image, (B, K)."""
         code = unit((_code_input(features) - self.code_mean) / self.code_scale) @ self.code_basis
-        likeness = unit(code) @ self.codes.T
+        likeness = unit(code) @ self.codes.T - self.absent
         return likeness.topk(min(self._neighbours, len(self.codes)), dim=1).indices
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -182,16 +199,16 @@ def _recalled(found: Tensor, similar: Tensor, kept: list[Tensor], attended: int,
     Args:
         found: (B, components, h, w) float32, the image's own.
         similar: (B, K) int64, the scenes to choose from.
-        kept: The memory's `keys`, `lengths`, `means` and `step`.
+        kept: The memory's `keys`, `lengths`, `means`, `step` and `absent`.
         attended: Scenes that a block attends to.
         temperature: In half squared distance.
     """
-    keys, lengths, means, step = kept
+    keys, lengths, means, step, absent = kept
     side, blocks = found.shape[-1], means.shape[1]
     block = math.gcd(side, _BLOCK)
     queries = _blocks(found, block, 0)
     # One row of the memory is one block of one scene; from there on it is a plain gather.
-    scenes = _nearest(queries, similar, means, step, attended)
+    scenes = _nearest(queries, similar, means, step, absent, attended)
     rows = scenes * blocks + torch.arange(blocks, device=found.device).unsqueeze(1)
     values = keys.flatten(0, 1).index_select(0, rows.flatten()).float().view(*rows.shape[:2], -1, found.shape[1])
     # exp(-|q - k|^2 / 2t) is exp((q k - |k|^2 / 2) / t) up to a factor of the query's own.
@@ -204,7 +221,7 @@ def _recalled(found: Tensor, similar: Tensor, kept: list[Tensor], attended: int,
     return joined.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3).contiguous()
 
 
-def _nearest(queries: Tensor, similar: Tensor, means: Tensor, step: Tensor, count: int) -> Tensor:
+def _nearest(queries: Tensor, similar: Tensor, means: Tensor, step: Tensor, absent: Tensor, count: int) -> Tensor:
     """Return for each block the scenes whose same block has the nearest mean, (B, blocks, count) int64.
 
     Args:
@@ -212,12 +229,14 @@ def _nearest(queries: Tensor, similar: Tensor, means: Tensor, step: Tensor, coun
         similar: (B, K) int64, the scenes to choose from; as many as there are if `count` is more.
         means: As `_recalled` has them.
         step: Likewise.
+        absent: Likewise.
         count: Scenes to choose.
     """
     wanted = queries.mean(2).unsqueeze(1)
     given = means.flatten(1).index_select(0, similar.flatten()).float().mul(step)
     given = given.view(*similar.shape, *wanted.shape[2:])
-    distances = (given - wanted).square().sum(-1).transpose(1, 2)
+    away = absent.index_select(0, similar.flatten()).view(*similar.shape, 1)
+    distances = ((given - wanted).square().sum(-1) + away).transpose(1, 2)
     places = distances.topk(min(count, similar.shape[1]), dim=2, largest=False, sorted=False).indices
     return similar.unsqueeze(1).expand(-1, queries.shape[1], -1).gather(2, places)
 

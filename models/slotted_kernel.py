@@ -5,6 +5,9 @@ Loaded only where Triton runs: on CUDA, or in Triton's interpreter.
 
 from __future__ import annotations
 
+import contextlib
+import threading
+from collections.abc import Iterator
 from functools import cache
 from importlib.util import find_spec
 from typing import Any
@@ -20,6 +23,10 @@ if find_spec("triton") is not None:  # torch for CPUs alone comes without
 _NARROW = 16
 # What the interpreter runs, where there is nothing to tune.
 _FIXED = {"block_m": 32, "block_n": 16, "block_k": 16}
+# What serves until the tiles are tuned: fair for every layer, and compiled once for each kind of kernel.
+_FIRST = {"block_m": 64, "block_n": 64, "block_k": 32, "num_warps": 4, "num_stages": 3}
+
+_thread = threading.local()
 
 
 def _convolve(  # type: ignore[no-untyped-def]  # noqa: PLR0913, PLR0917
@@ -129,6 +136,21 @@ def trial(device: torch.device) -> None:
         raise RuntimeError("a kernel ran and did nothing")
 
 
+@contextlib.contextmanager
+def tuning() -> Iterator[None]:
+    """Let this thread's launches take the fastest tiles; of a layer's shape that is new they are timed first."""
+    _thread.tunes = True
+    try:
+        yield
+    finally:
+        _thread.tunes = False
+
+
+def is_tuning() -> bool:
+    """Whether this thread is within `tuning`."""
+    return getattr(_thread, "tunes", False)
+
+
 @cache
 def _tuned() -> Any:
     """Return the kernel with tiles to choose from: few, since each is compiled and timed once for each layer's shape.
@@ -141,7 +163,7 @@ def _tuned() -> Any:
         for m, n, k, warps in tiles
     ]
     key = ["out_height", "channels", "out_channels", "kernel_h", "stride_h"]
-    return triton.autotune(configs=configs, key=key)(kernel())
+    return triton.autotune(configs=configs, key=key, cache_results=True)(kernel())
 
 
 def launch(
@@ -165,7 +187,9 @@ def launch(
         tiles = groups * triton.cdiv(out_channels, tile["block_n"])
         return (triton.cdiv(positions, tile["block_m"]), tiles, len(x))
 
-    launched = kernel() if _interpreted() else _tuned()
+    launched, tiles = (_tuned(), {}) if is_tuning() else (kernel(), _FIRST)
+    if _interpreted():
+        launched, tiles = kernel(), _FIXED
     launched[grid](
         x,
         weights,
@@ -184,5 +208,5 @@ def launch(
         has_bias=bias is not None,
         unrolled=channels < _NARROW,
         precision="ieee" if x.dtype == torch.float32 else "tf32",
-        **(_FIXED if _interpreted() else {}),
+        **tiles,
     )

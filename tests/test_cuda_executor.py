@@ -16,6 +16,7 @@ from models.errors import ModelError
 from models.inference import infer, prepare, to_input
 from models.preprocess import fit_to_input
 from models.registry import Registry
+from models.slotted_kernel import is_tuning
 from models.stfpm import STFPM
 from models.teachers import load_teacher
 from models.versions import restore
@@ -478,6 +479,7 @@ def adopted(monkeypatch):
     told, adopt = [], Captures.adopt
 
     def adopt_and_tell(self, compute, pause, *, largest_only=False):
+        assert is_tuning()  # of the kernel's tiles: beside the work, never before a version serves
         adopt(self, compute, pause, largest_only=largest_only)
         told.append((self, largest_only))
 
@@ -497,6 +499,7 @@ def test_compiled_networks_take_their_places_while_judging_goes_on(versions, mon
     residents = [bench.add("bolt"), bench.add("nut")]
     bench.assert_judged(requests_for(residents, 8))
     assert bench.executor.ready(60)
+    assert not is_tuning()
     assert [largest_only for _, largest_only in adopted] == [False] * 3 + [True] * 3  # what takes minutes comes last
     bench.assert_judged(requests_for(residents, 8))
     bench.assert_judged(requests_for(residents[:1], 8))

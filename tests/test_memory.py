@@ -106,6 +106,32 @@ def test_a_scene_or_two_are_enough(count):
     assert torch.isfinite(distance(trained(Scenes(2, seed=3).features(0, 1)))).all()
 
 
+@pytest.mark.parametrize(("count", "neighbours"), [(1, 3), (2, 5), (40, 48), (64, 48), (70, 48), (150, 48)])
+def test_what_fills_a_memory_up_is_never_recalled(count, neighbours):
+    images = Scenes(count, seed=4)
+    trained = SceneMemory(CHANNELS, 8, 256, neighbours, attended=4, temperature=0.01)
+    trained.remember(images)
+    looked_at = (*images.features(0, count - 1),), Scenes(3, seed=9).features(0, 1, 2)
+    before = [trained(features).prediction for features in looked_at]
+    trained.fill_up()
+    assert len(trained.codes) == len(trained.keys) == (64 if count <= 64 else 128 if count <= 128 else 256)
+    assert trained.codes.shape[1] == trained.code_basis.shape[1] == 128
+    for features, expected in zip(looked_at, before, strict=True):
+        found = trained(features).prediction
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+
+
+def test_memories_of_different_trainings_are_of_one_structure():
+    def structure(count):
+        trained = memory(capacity=128)
+        trained.remember(Scenes(count))
+        trained.fill_up()
+        return {name: (each.shape, each.dtype) for name, each in trained.named_buffers()}
+
+    assert structure(5) == structure(33) == structure(64)
+    assert structure(5) != structure(65)
+
+
 def test_it_is_loaded_with_as_many_scenes_as_were_saved():
     trained, loaded = memory(), memory()
     trained.remember(Scenes(5))
@@ -167,6 +193,6 @@ def test_the_operator_is_the_plain_function_and_describes_its_result():
     plain = trained(features).prediction
     trained.by_operator = True
     assert torch.equal(trained(features).prediction, plain)
-    kept = [trained.keys, trained.lengths, trained.means, trained.step]
+    kept = [trained.keys, trained.lengths, trained.means, trained.step, trained.absent]
     arguments = (trained(features).target, trained._most_similar(features), kept, 2, 0.01)
     torch.library.opcheck(torch.ops.proctor.recalled.default, arguments, test_utils="test_faketensor")

@@ -49,7 +49,7 @@ def batch(teacher):
         return images, teacher(images)
 
 
-def remember(memory, generator):
+def remember(memory, generator, scenes=5, code=8):
     """Give a memory scenes, as a training does, but random ones."""
     side = SIZE // 8
     length, components = memory.code_mean.shape[0], memory.basis.shape[1]
@@ -58,9 +58,9 @@ def remember(memory, generator):
         "basis": torch.randn(memory.basis.shape, generator=generator) * 0.1,
         "code_mean": torch.randn(length, generator=generator),
         "code_scale": torch.rand(length, generator=generator) + 0.5,
-        "code_basis": torch.randn(length, 8, generator=generator),
-        "codes": torch.randn(5, 8, generator=generator),
-        "scenes": torch.randint(-127, 128, (5, side, side, components), generator=generator, dtype=torch.int8),
+        "code_basis": torch.randn(length, code, generator=generator),
+        "codes": torch.randn(scenes, code, generator=generator),
+        "scenes": torch.randint(-127, 128, (scenes, side, side, components), generator=generator, dtype=torch.int8),
         "step": torch.rand((), generator=generator) * 0.01,
     }
     memory.load_state_dict(random)
@@ -186,6 +186,17 @@ def test_a_module_bound_to_a_row_computes_with_what_the_row_holds(bank, batch):
         row.copy_(rows[slot])
         expected, found = (alone(detector, student, batch, 0)[0] for student in (students[slot], bound))
         assert torch.equal(expected, found)
+
+
+def test_students_of_trainings_of_different_length_share_slots(teacher):
+    def signed(scenes):
+        detector = make_detector("associative", SMALL)
+        student = detector.build_student(teacher)
+        remember(student.memory, torch.Generator().manual_seed(scenes), scenes, code=scenes)
+        return signature(prepare(student, torch.device("cpu"), torch.float32), detector, SIZE)
+
+    assert signed(5) == signed(33) == signed(64)
+    assert signed(64) != signed(65)
 
 
 def test_students_share_slots_only_where_nothing_but_numbers_differs(teacher):

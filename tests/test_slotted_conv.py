@@ -1,5 +1,6 @@
 """The convolution whose frames choose their weights: the kernel, run by Triton's interpreter, against plain ones."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -140,13 +141,15 @@ def test_the_operator_tells_the_compiler_the_shape_of_its_result():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: the compiled kernel")
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
-def test_the_compiled_kernel_gives_each_frame_its_own_convolution(case, dtype):
+@pytest.mark.parametrize("tiles", [contextlib.nullcontext, slotted_kernel.tuning], ids=["first", "tuned"])
+def test_the_compiled_kernel_gives_each_frame_its_own_convolution(case, dtype, tiles):
     x, weights, bias = tensors(case, dtype)
     weights_there = weights.permute(0, 1, 3, 4, 2).contiguous().cuda().permute(0, 1, 4, 2, 3)
     moved = (x.cuda(), weights_there, bias.cuda(), torch.tensor(SLOTS).cuda())
     close = {torch.float16: 2e-3, torch.bfloat16: 2e-2, torch.float32: 1e-4}[dtype]
     wanted = expected(x, weights, bias, case)
-    out = slotted_conv2d(*moved, geometry(case)).float().cpu()
+    with tiles():
+        out = slotted_conv2d(*moved, geometry(case)).float().cpu()
     torch.testing.assert_close(out, wanted, rtol=close, atol=close * float(wanted.abs().max()))
 
 

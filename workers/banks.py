@@ -11,6 +11,7 @@ import torch
 
 from models.detector import Detector, Student
 from models.slotted import Signature, signature
+from models.slotted_kernel import tuning
 from models.teachers import Teacher
 from workers.compiling import BackgroundCompiler
 from workers.device_faults import is_out_of_memory
@@ -164,13 +165,13 @@ def _adopt_graphs(captures: Captures, compute: Callable[[], Compute], pause: Pau
 
 
 def _adopt_compiled(captures: Captures, compute: Callable[[], Compute], pause: Pause) -> None:
-    with torch.no_grad():
+    with torch.no_grad(), tuning():
         captures.adopt(_compiled(compute()), pause)
 
 
 def _adopt_tuned(captures: Captures, compute: Callable[[], Compute], pause: Pause) -> None:
     """Of every convolution time several forms, which takes minutes and is worth it for full batches."""
-    with torch.no_grad():
+    with torch.no_grad(), tuning():
         captures.adopt(_compiled(compute(), max_autotune=True), pause, largest_only=True)
 
 

@@ -129,6 +129,8 @@ class CpuExecutor(Executor):
 
     def _prepare(self, network: Network) -> Network:
         ready = fuse(fold_batchnorm(network, network.probe()), network.probe()).requires_grad_(False)
+        if isinstance(ready, Student):
+            ready.round_up()
         return ready.to(dtype=self.dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def _packed(self, teacher: Teacher, size: int) -> Teacher:
