@@ -20,7 +20,7 @@ from models.slotted_kernel import is_tuning
 from models.stfpm import STFPM
 from models.teachers import load_teacher
 from models.versions import restore
-from workers import graphs
+from workers import banks, graphs
 from workers.cuda_executor import CudaExecutor
 from workers.device_faults import is_fault, is_out_of_memory
 from workers.errors import DeviceFault
@@ -504,7 +504,7 @@ def test_compiled_networks_take_their_places_while_judging_goes_on(versions, mon
     bench.assert_judged(requests_for(residents, 8))
     bench.assert_judged(requests_for(residents[:1], 8))
     bench.executor.close()
-    assert compiled == [None] * 3 + [{"max_autotune": True}] * 3
+    assert compiled == [None] * 3 + [banks._TUNED] * 3
 
 
 def test_a_structure_that_is_gone_leaves_its_memory_to_others_though_it_was_compiled(versions, monkeypatch):

@@ -31,6 +31,8 @@ _FEWEST_SLOTS = 2
 _MOST_SLOTS = 256
 # Each capacity of each structure is compiled for itself; beyond the limit the compiler would give up without a word.
 _RECOMPILATIONS = 4096
+# No table of what was timed in the replicas' logs.
+_TUNED = {"max_autotune": True, "autotune_num_choices_displayed": 0}
 
 
 class Banks:
@@ -172,12 +174,11 @@ def _adopt_compiled(captures: Captures, compute: Callable[[], Compute], pause: P
 def _adopt_tuned(captures: Captures, compute: Callable[[], Compute], pause: Pause) -> None:
     """Of every convolution time several forms, which takes minutes and is worth it for full batches."""
     with torch.no_grad(), tuning():
-        captures.adopt(_compiled(compute(), max_autotune=True), pause, largest_only=True)
+        captures.adopt(_compiled(compute(), _TUNED), pause, largest_only=True)
 
 
-def _compiled(compute: Compute, **options: bool) -> Compute:
+def _compiled(compute: Compute, options: dict[str, Any] | None = None) -> Compute:
     import torch._dynamo.config as dynamo
 
     dynamo.recompile_limit = dynamo.accumulated_recompile_limit = _RECOMPILATIONS
-    chosen: dict[str, Any] = dict(options)
-    return torch.compile(compute, dynamic=False, options=chosen or None)
+    return torch.compile(compute, dynamic=False, options=options)
