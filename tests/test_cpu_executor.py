@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import texture
+from test_slotted import SIZE, SMALL, remember
 from test_teachers import save_resnet18
 
 from models.detectors import make_detector
@@ -76,6 +77,22 @@ def test_compiled_in_the_background_it_judges_the_same_and_a_new_version_compile
     assert newer.studying._compiled == compiled
     assert np.abs(maps_of(engine, newer, 2) - before).max() > 0.2 * before.max()
     engine.close()
+
+
+def test_versions_of_trainings_of_different_length_share_their_programs(versions):
+    executor, detector = CpuExecutor(torch.float32, Budget()), make_detector("associative", SMALL)
+    teacher = executor.teacher(load_teacher("efficientnet_lite0"))
+    card = versions.bolt.model_copy(update={"input_size": SIZE})
+    residents = []
+    for scenes in (3, 40):
+        student = detector.build_student(teacher).eval()
+        remember(student.memory, torch.Generator().manual_seed(scenes), scenes, code=scenes)
+        residents.append(executor.resident(card, detector, student, teacher))
+    assert residents[0].studying is residents[1].studying
+    maps, _ = executor.run([Request(resident, texture(0)) for resident in residents])
+    assert np.isfinite(maps).all()
+    assert np.abs(maps[0] - maps[1]).max() > 0.01 * maps.max()
+    executor.close()
 
 
 def test_a_teacher_has_a_program_for_each_way_its_layers_are_laid_out(versions, tmp_path, monkeypatch):
