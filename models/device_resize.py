@@ -17,30 +17,30 @@ from models.errors import ModelError
 Method = Literal["area", "edges", "linear"]
 
 
-def fit_on_device(image: Tensor, size: int) -> Tensor:
-    """Resize the whole image to a square, within 1 grey level of `fit_to_input`.
+def fit_on_device(images: Tensor, size: int) -> Tensor:
+    """Resize whole images to squares, within 1 grey level of `fit_to_input`.
 
     Args:
-        image: (H, W, 3) uint8 RGB of any strides, on any device.
-        size: Side of the result in pixels.
+        images: (..., H, W, 3) uint8 RGB of any strides, on any device.
+        size: Side of the results in pixels.
 
     Returns:
-        (size, size, 3) uint8 RGB on the same device; the image itself when it already has that size.
+        (..., size, size, 3) uint8 RGB on the same device; the images themselves when they already have that size.
 
     Raises:
-        ModelError: `image` has another shape or dtype.
+        ModelError: `images` has another shape or dtype.
     """
-    if image.dim() != 3 or image.shape[2] != 3 or image.dtype != torch.uint8 or image.numel() == 0:
-        raise ModelError(f"image: expected (H, W, 3) uint8, found {tuple(image.shape)} {image.dtype}")
-    height, width = image.shape[:2]
+    if images.dim() < 3 or images.shape[-1] != 3 or images.dtype != torch.uint8 or images.numel() == 0:
+        raise ModelError(f"image: expected (H, W, 3) uint8, found {tuple(images.shape)} {images.dtype}")
+    height, width = images.shape[-3:-1]
     if height == size and width == size:
-        return image
+        return images
     method: Method = "linear" if height <= size and width <= size else "edges"
     if height >= size and width >= size:
         method = "area"
-    rows, columns = (_weights(side, size, method, image.device) for side in (height, width))
-    planes = rows @ image.permute(2, 0, 1).float() @ columns.T
-    return planes.round_().clamp_(0, 255).to(torch.uint8).permute(1, 2, 0)
+    rows, columns = (_weights(side, size, method, images.device) for side in (height, width))
+    planes = rows @ images.movedim(-1, -3).float() @ columns.T
+    return planes.round_().clamp_(0, 255).to(torch.uint8).movedim(-3, -1)
 
 
 @lru_cache(maxsize=64)  # a line's cameras have few image sizes

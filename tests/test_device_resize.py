@@ -40,6 +40,12 @@ def test_an_image_that_fits_is_left_alone():
     assert fit_on_device(image, 64) is image
 
 
+def test_many_at_once_are_resized_as_each_alone():
+    images = torch.stack([torch.from_numpy(texture(seed, 90, 70)) for seed in range(3)])
+    each = torch.stack([fit_on_device(image, 64) for image in images])
+    assert torch.equal(fit_on_device(images, 64), each)
+
+
 def test_strides_do_not_matter():
     image = torch.from_numpy(texture(1, 90, 70))
     planes_first = image.permute(2, 0, 1).contiguous().permute(1, 2, 0)

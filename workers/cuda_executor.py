@@ -35,6 +35,9 @@ from workers.student_bank import Held, StudentBank
 
 logger = logging.getLogger(__name__)
 
+# Values of images that are resized at once, four bytes each meanwhile.
+_FITTED_VALUES = 1 << 24
+
 
 @dataclass(frozen=True, eq=False)
 class CudaResident(Resident):
@@ -177,9 +180,10 @@ class CudaExecutor(Executor):
         with self._streams.frames.use():
             if any(isinstance(image, np.ndarray) for image in images):
                 stage.arrived[: len(images)].copy_(stage.frames[: len(images)], non_blocking=True)
-            for row, image in enumerate(images):
-                if isinstance(image, Tensor):
-                    stage.arrived[row].copy_(fit_on_device(image, lane.size))
+            for start, alike in _runs(images):
+                fitted = fit_on_device(torch.stack(alike), lane.size)
+                stage.arrived[start : start + len(alike)].copy_(fitted)
+                for image in alike:
                     self._streams.frames.borrow(image)
 
     def _queue(self, lane: Lane, stage: Stage, requests: Sequence[Request]) -> None:
@@ -239,6 +243,24 @@ class CudaExecutor(Executor):
     def close(self) -> None:
         """See `Executor.close`."""
         self._banks.close()
+
+
+def _runs(images: Sequence[np.ndarray | Tensor]) -> Iterator[tuple[int, list[Tensor]]]:
+    """Yield neighbours on the device that are alike, and the first one's row; not too many of large ones at once."""
+    start = 0
+    while start < len(images):
+        first = images[start]
+        if not isinstance(first, Tensor):
+            start += 1
+            continue
+        alike = [first]
+        most = max(1, _FITTED_VALUES // max(1, first.numel()))
+        for other in images[start + 1 : start + most]:
+            if not isinstance(other, Tensor) or (other.shape, other.dtype) != (first.shape, first.dtype):
+                break
+            alike.append(other)
+        yield start, alike
+        start += len(alike)
 
 
 def _held(request: Request) -> Held:
