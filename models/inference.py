@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import timeit
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import torch
@@ -69,13 +70,24 @@ def _bfloat16_gain() -> float:
 
     runs = {dtype: convolution(dtype) for dtype in (torch.float32, torch.bfloat16)}
     seconds = dict.fromkeys(runs, math.inf)
-    with torch.inference_mode():
+    with torch.inference_mode(), _one_thread():
         for run in runs.values():
             run()  # the kernel is chosen at its first use
         for _ in range(10):  # in turn, so that other work on the machine slows both alike
             for dtype, run in runs.items():
                 seconds[dtype] = min(seconds[dtype], timeit.timeit(run, number=1))
     return seconds[torch.float32] / seconds[torch.bfloat16]
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Compute in one thread, as each of the engine's streams does; how two share a small layer is a matter of luck."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def prepare(module: Network, device: torch.device, dtype: torch.dtype) -> Network:

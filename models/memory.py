@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -160,7 +162,7 @@ class SceneMemory(Statistics, ByOperator):
         found = self._described(features).permute(0, 3, 1, 2)
         if found.shape[-1] != self.side:
             found = F.interpolate(found, (self.side,) * 2, mode="bilinear", align_corners=False)
-        recall = torch.ops.proctor.recalled if self.by_operator else _recalled
+        recall = torch.ops.proctor.recalled if self.by_operator else partial(_recalled, _attention)
         kept = [self.keys, self.lengths, self.means, self.step, self.absent]
         return Pair(found, recall(found, self._most_similar(features), kept, self._attended, self._temperature))
 
@@ -193,10 +195,31 @@ class SceneMemory(Statistics, ByOperator):
             self._keep(scenes.to(self.step.device))
 
 
-def _recalled(found: Tensor, similar: Tensor, kept: list[Tensor], attended: int, temperature: float) -> Tensor:
+def _attention(queries: Tensor, values: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """Return softmax(scale q v^T + mask) v of (..., positions, components) and (..., N, components).
+
+    PyTorch's own attention cannot be vectorised over products but in one of its forms, and which it takes is a switch
+    of the whole process.
+    """
+    return ((queries @ values.transpose(-1, -2)) * scale + mask).softmax(-1) @ values
+
+
+def _attention_of_the_cpu(queries: Tensor, values: Tensor, mask: Tensor, scale: float) -> Tensor:
+    return F.scaled_dot_product_attention(queries, values, values, attn_mask=mask, scale=scale)
+
+
+def _recalled(
+    attention: Callable[[Tensor, Tensor, Tensor, float], Tensor],
+    found: Tensor,
+    similar: Tensor,
+    kept: list[Tensor],
+    attended: int,
+    temperature: float,
+) -> Tensor:
     """Predict descriptors by attention, (B, components, h, w) float32.
 
     Args:
+        attention: Of queries, values, mask and scale.
         found: (B, components, h, w) float32, the image's own.
         similar: (B, K) int64, the scenes to choose from.
         kept: The memory's `keys`, `lengths`, `means`, `step` and `absent`.
@@ -215,8 +238,7 @@ def _recalled(found: Tensor, similar: Tensor, kept: list[Tensor], attended: int,
     bias = lengths.flatten(0, 1).index_select(0, rows.flatten()).view(*rows.shape[:2], 1, -1).mul(-1 / temperature)
     mask = bias.expand(-1, -1, queries.shape[2], -1)
     # Values stay whole numbers: their step is multiplied with what there is less of.
-    predicted = F.scaled_dot_product_attention(queries * step, values, values, attn_mask=mask, scale=1 / temperature)
-    predicted = predicted * step
+    predicted = attention(queries * step, values, mask, 1 / temperature) * step
     joined = predicted.unflatten(1, (side // block, side // block)).unflatten(3, (block, block))
     return joined.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3).contiguous()
 
@@ -243,7 +265,7 @@ def _nearest(queries: Tensor, similar: Tensor, means: Tensor, step: Tensor, abse
 
 _OPERATORS = torch.library.Library("proctor", "FRAGMENT")
 _OPERATORS.define("recalled(Tensor found, Tensor similar, Tensor[] kept, int attended, float temperature) -> Tensor")
-_OPERATORS.impl("recalled", _recalled, "CPU")
+_OPERATORS.impl("recalled", partial(_recalled, _attention_of_the_cpu), "CPU")
 
 
 def _recalled_shape(found: Tensor, *rest: Any) -> Tensor:

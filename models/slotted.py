@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 
 from models.detector import Detector, Pairs, Student
@@ -70,9 +69,7 @@ class SlottedModule(nn.Module):
     def forward(self, *inputs: Any) -> Any:
         """Call the module row by row, as one vectorised call."""
         own = {name: tensor.index_select(0, self._rows.slots) for name, tensor in self._tensors.items()}
-        # Other kernels of attention have no vectorised form.
-        with sdpa_kernel(SDPBackend.MATH):
-            outputs = vmap(self._one)(own, tree_map(lambda each: each.unsqueeze(1), inputs))
+        outputs = vmap(self._one)(own, tree_map(lambda each: each.unsqueeze(1), inputs))
         return tree_map(lambda each: each.flatten(0, 1), outputs)
 
     def _one(self, tensors: dict[str, Tensor], inputs: tuple[Any, ...]) -> Any:
