@@ -25,6 +25,7 @@ from models.settings import RECIPES, TrainingSettings
 from models.teachers import Teacher, load_teacher
 from models.training import TrainedStudent, train
 from models.versions import draft_card
+from workers.compiling import take_short_turns
 from workers.engine import Budget, Engine, Resident
 
 NORMALS = 64
@@ -118,7 +119,8 @@ def publish(registry: Registry, student: TrainedStudent, product: str, threshold
 def make_engine(
     registry: Registry, weights: Weights, budget: Budget, dtype: torch.dtype | None = None, device: str = "auto"
 ) -> Engine:
-    """Return an engine, on the device that there is unless another is named."""
+    """Return an engine, on the device that there is unless another is named, in a process that is as a replica's."""
+    take_short_turns()
     return Engine(registry, device, weights.files, dtype, budget)
 
 

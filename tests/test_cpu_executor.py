@@ -1,7 +1,9 @@
 """Streams, background compiling and swaps of the engine on a CPU."""
 
 import itertools
+import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,12 +11,13 @@ import torch
 from conftest import texture
 from test_slotted import SIZE, SMALL, remember
 from test_teachers import save_resnet18
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from models.detectors import make_detector
 from models.registry import Registry
 from models.teachers import load_teacher
 from workers import cpu_executor
-from workers.compiling import BackgroundCompiler
+from workers.compiling import BackgroundCompiler, cache_folder, take_short_turns
 from workers.cpu_executor import CpuExecutor
 from workers.engine import Budget, Engine, Request
 
@@ -112,6 +115,23 @@ def test_a_teacher_has_a_program_for_each_way_its_layers_are_laid_out(versions, 
         assert programs.setdefault(size, resident.teaching) is resident.teaching
     executor.close()
     assert len({id(program) for program in programs.values()}) == 3
+
+
+def test_what_was_compiled_is_kept_where_it_survives_a_boot(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", default_cache_dir())  # as PyTorch sets it when it is loaded
+    assert cache_folder() == tmp_path / "proctor" / "compiled"
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/somewhere/else")
+    assert cache_folder() == Path("/somewhere/else")
+
+
+def test_threads_that_compute_do_not_wait_long_for_one_that_compiles():
+    before = sys.getswitchinterval()
+    try:
+        take_short_turns()
+        assert sys.getswitchinterval() <= 1e-3
+    finally:
+        sys.setswitchinterval(before)
 
 
 def test_what_cannot_be_compiled_is_computed_as_it_is(caplog):

@@ -20,6 +20,7 @@ from models.preprocess import least_side
 from models.registry import Registry
 from producers.errors import UnreadableImage
 from producers.frame import Picture, header_size
+from workers.compiling import take_short_turns
 from workers.deadlines import DeadlineWatch
 from workers.engine import Budget, Engine, Judgement, Request
 from workers.errors import NoModel, StreamUnavailable
@@ -51,6 +52,7 @@ class Replica:
     def __init__(self, places: Places, settings: WorkerSettings, threads: int) -> None:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
         torch.set_num_threads(max(1, threads))
+        take_short_turns()
         self.name = f"{socket.gethostname()}-{os.getpid()}"
         self._settings = settings
         Picture.encode(np.zeros((8, 8, 3), np.uint8), "png").decode()  # the first decoding loads the codecs
@@ -64,7 +66,6 @@ class Replica:
         budget = Budget(settings.max_batch, threads, settings.gpu_memory_mb, settings.compile)
         self._engine = Engine(registry, settings.device, places.teacher_weights, budget=budget)
         self._residency = Residency(self._engine, pointers, settings.pointer_poll_s)
-        self._residency.start()
         self._loop = InspectionLoop(
             RedisStream(places.connect(), self.name, settings),
             self._engine,
@@ -73,6 +74,8 @@ class Replica:
             settings,
             replica=self.name,
         )
+        # Behind the loop, whose decoder for a GPU wants it to itself for a moment: what is loaded is compiled at once.
+        self._residency.start()
         self._stop = threading.Event()
         self._failure: BaseException | None = None
         watch = DeadlineWatch(places.connect(), settings)
