@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import contextlib
+import gc
 import logging
 import os
 import socket
@@ -74,6 +75,8 @@ class Replica:
             settings,
             replica=self.name,
         )
+        gc.collect()
+        gc.freeze()  # what is here stays, so no later collection, for which all threads stand still, looks at it again
         # Behind the loop, whose decoder for a GPU wants it to itself for a moment: what is loaded is compiled at once.
         self._residency.start()
         self._stop = threading.Event()
