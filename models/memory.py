@@ -133,10 +133,12 @@ class SceneMemory(Statistics, ByOperator):
         self.absent = self.step.new_zeros(len(scenes))
 
     def fill_up(self) -> None:
-        """Fill up with scenes that are never recalled, so that their number is a power of two, and codes to their full
-        length. Afterwards `scenes` are no longer those remembered alone.
+        """Fill up with scenes that are never recalled, to a power of two or half as much again, and codes
+        to their full length. Afterwards it is for judging only.
         """
-        more = max(_FEWEST, 1 << (len(self.codes) - 1).bit_length()) - len(self.codes)
+        power = 1 << (len(self.codes) - 1).bit_length()
+        between = power * 3 // 4
+        more = max(_FEWEST, between if len(self.codes) <= between else power) - len(self.codes)
         longer = max(0, _CODE_LENGTH - self.codes.shape[1])
         self.code_basis = F.pad(self.code_basis, (0, longer))
         self.codes = F.pad(self.codes, (0, longer, 0, more))
@@ -173,6 +175,8 @@ class SceneMemory(Statistics, ByOperator):
         return likeness.topk(min(self._neighbours, len(self.codes)), dim=1).indices
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        if bool(self.absent.any()):
+            raise RuntimeError("a memory that was filled up is for judging only: save the one that was trained")
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination[prefix + "scenes"] = self.scenes
 

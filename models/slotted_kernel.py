@@ -131,7 +131,8 @@ def trial(device: torch.device) -> None:
         Exception: It cannot; most often there is no C compiler, or Python's headers are not installed.
     """
     out = torch.zeros(1, device=device)
-    triton.jit(_one)[(1,)](out)
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        triton.jit(_one)[(1,)](out)
     if out.item() != 1.0:
         raise RuntimeError("a kernel ran and did nothing")
 

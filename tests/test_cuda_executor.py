@@ -527,7 +527,7 @@ def test_a_version_does_not_wait_for_what_is_compiled_for_others(versions, monke
     """Without a graph until then; where there is no CUDA there are none, so what asks for one is played."""
     monkeypatch.setattr(graphs, "_PATIENCE_S", 0.01)
     monkeypatch.setattr(Graphs, "_captured", lambda *_: pytest.fail("captured beside another"))
-    made = Graphs(CPU)
+    made = Graphs(CPU, patient=False)
     monkeypatch.setattr(made._stream, "cuda", object())
     done = []
 

@@ -71,6 +71,18 @@ class Listing(nn.Module):
         return self.pool(self.nothing(self.conv(images))) - self.relu(images.mean())
 
 
-def test_layers_that_only_look_like_a_stem_are_left_alone():
-    network = Listing().eval()
+class Indexing(Listing):
+    """Its pooling gives more than values, and comes first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool = nn.MaxPool2d(2, return_indices=True)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.relu(self.nothing(self.conv(self.pool(images)[0])))
+
+
+@pytest.mark.parametrize("network", [Listing(), Indexing()], ids=["other numbers", "no numbers"])
+def test_layers_that_only_look_like_a_stem_are_left_alone(network):
+    network.eval()
     assert pool_first(network, (IMAGES,)) is network

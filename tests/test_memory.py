@@ -114,7 +114,7 @@ def test_what_fills_a_memory_up_is_never_recalled(count, neighbours):
     looked_at = (*images.features(0, count - 1),), Scenes(3, seed=9).features(0, 1, 2)
     before = [trained(features).prediction for features in looked_at]
     trained.fill_up()
-    assert len(trained.codes) == len(trained.keys) == (64 if count <= 64 else 128 if count <= 128 else 256)
+    assert len(trained.codes) == len(trained.keys) == {1: 64, 2: 64, 40: 64, 64: 64, 70: 96, 150: 192}[count]
     assert trained.codes.shape[1] == trained.code_basis.shape[1] == 128
     for features, expected in zip(looked_at, before, strict=True):
         found = trained(features).prediction
@@ -129,6 +129,7 @@ def test_memories_of_different_trainings_are_of_one_structure():
         return {name: (each.shape, each.dtype) for name, each in trained.named_buffers()}
 
     assert structure(5) == structure(33) == structure(64)
+    assert structure(65) == structure(96)
     assert structure(5) != structure(65)
 
 

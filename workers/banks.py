@@ -1,7 +1,9 @@
 """What an executor keeps on a device: a lane for each teacher and input size, a bank for each structure of students."""
 
+import contextlib
 import logging
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -24,6 +26,7 @@ from workers.student_bank import Held, StudentBank
 logger = logging.getLogger(__name__)
 
 Made = TypeVar("Made")
+Owner = TypeVar("Owner")
 
 # The old and the new version of a product lie beside each other, whatever the budget says.
 _FEWEST_SLOTS = 2
@@ -55,7 +58,7 @@ class Banks:
         self.by_structure: dict[tuple[int, Signature], StudentBank] = {}
         self._lanes: dict[tuple[int, int], Lane] = {}
         self._device, self._dtype, self._budget = device, dtype, budget
-        self._graphs, self._building = Graphs(device), threading.Lock()
+        self._graphs, self._building = Graphs(device, patient=not budget.compiled), threading.Lock()
         self._compiler = BackgroundCompiler() if budget.compiled else None
         self._improved: set[Lane] = set()
 
@@ -91,18 +94,23 @@ class Banks:
             # Not before the bank is there: compiling would keep it from being captured.
             if lane not in self._improved:
                 self._improved.add(lane)
-                self._improve(lane.looks, lambda: lane.look)
-            self._improve(bank.plain, bank.alone)
-            self._improve(bank.mixed, bank.slotted)
+                self._improve(lane, lambda lane: (lane.looks, lane.look))
+            self._improve(bank, lambda bank: (bank.plain, bank.alone()))
+            self._improve(bank, lambda bank: (bank.mixed, bank.slotted()))
         return self.by_structure[key]
 
-    def _improve(self, captures: Captures, compute: Callable[[], Compute]) -> None:
-        """Let faster forms of what `compute` returns take the place of what is captured, one after the other."""
+    def _improve(self, owner: Owner, way: Callable[[Owner], tuple[Captures, Compute]]) -> None:
+        """Let faster forms of a way take the place of what is captured, one by one; not if its owner is gone."""
         if self._compiler is None:
             return
+        known = weakref.ref(owner)
+
+        def adopt(form: Callable[[Captures, Compute, Pause], None]) -> None:
+            if (owner := known()) is not None:
+                form(*way(owner), self.pause)
+
         for rank, form in enumerate((_adopt_graphs, _adopt_compiled, _adopt_tuned)):
-            # A key of its own: the compiler remembers keys, and what is captured must be free to go.
-            self._compiler.add(object(), partial(form, captures, compute, self.pause), rank)
+            self._compiler.add(None, partial(adopt, form), rank)
 
     def _drop_deserted(self) -> None:
         """Give the memory of structures back that no version in use has."""
@@ -114,8 +122,10 @@ class Banks:
         """Make something that takes memory, with smaller batches if need be; it is told how often it was tried."""
         tries = 0
         while True:
+            # Where nothing is compiled later, this is the time to tune what is captured.
+            tuned = contextlib.nullcontext() if self._compiler else tuning()
             try:
-                with torch.inference_mode(False), torch.no_grad():
+                with torch.inference_mode(False), torch.no_grad(), tuned:
                     return make(tries)
             except RuntimeError as error:
                 if not is_out_of_memory(error) or self.max_batch == 1:
@@ -159,22 +169,22 @@ class Banks:
             self._compiler.close()
 
 
-def _adopt_graphs(captures: Captures, compute: Callable[[], Compute], pause: Pause) -> None:
+def _adopt_graphs(captures: Captures, compute: Compute, pause: Pause) -> None:
     """Capture what was made while others were compiled."""
     if captures.lacks_graphs:
         with torch.no_grad():
-            captures.adopt(compute(), pause)
+            captures.adopt(compute, pause)
 
 
-def _adopt_compiled(captures: Captures, compute: Callable[[], Compute], pause: Pause) -> None:
+def _adopt_compiled(captures: Captures, compute: Compute, pause: Pause) -> None:
     with torch.no_grad(), tuning():
-        captures.adopt(_compiled(compute()), pause)
+        captures.adopt(_compiled(compute), pause)
 
 
-def _adopt_tuned(captures: Captures, compute: Callable[[], Compute], pause: Pause) -> None:
+def _adopt_tuned(captures: Captures, compute: Compute, pause: Pause) -> None:
     """Of every convolution time several forms, which takes minutes and is worth it for full batches."""
     with torch.no_grad(), tuning():
-        captures.adopt(_compiled(compute(), _TUNED), pause, largest_only=True)
+        captures.adopt(_compiled(compute, _TUNED), pause, largest_only=True)
 
 
 def _compiled(compute: Compute, options: dict[str, Any] | None = None) -> Compute:

@@ -52,18 +52,19 @@ class BackgroundCompiler:
         self._thread = threading.Thread(target=self._run, name="compiler", daemon=True)
         self._thread.start()
 
-    def add(self, key: Hashable, task: Callable[[], None], rank: int = 0) -> None:
+    def add(self, key: Hashable | None, task: Callable[[], None], rank: int = 0) -> None:
         """Have a task done that compiles something and puts it to use.
 
         Args:
-            key: nothing is done again for a key; keys are remembered.
+            key: nothing is done again for a key; keys are remembered. None is no key.
             task: does both.
             rank: tasks of a lower one come first.
         """
         with self._changed:
             if self._closed or key in self._known:
                 return
-            self._known.add(key)
+            if key is not None:
+                self._known.add(key)
             self._open += 1
         self._tasks.put((rank, next(self._numbers), task))
 

@@ -2,6 +2,7 @@
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ Pause = Callable[[], AbstractContextManager[None]]
 capturing = threading.Lock()
 _REHEARSALS = 2
 # Somebody else's compilation may hold the lock for minutes; a version that is to serve does not wait for it.
-_PATIENCE_S = 1.0
+_PATIENCE_S, _BUSY_S = 1.0, 10.0
 
 
 class Job(Protocol):
@@ -42,10 +43,12 @@ class Graphs:
 
     Args:
         device: of the work.
+        patient: wait with every capture for as long as others capture.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, device: torch.device, *, patient: bool = True) -> None:
+        self._device, self._patient = device, patient
+        self._busy_until = 0.0
         # No other stream of this priority is made, so nobody else's work can fall into a capture.
         self._stream = Stream(device, priority=-1)
         # Apart from it: libraries keep a workspace for each stream. One that a capture allocates lies in the pool,
@@ -65,7 +68,8 @@ class Graphs:
             job: the work.
             compute: what it is done with.
             capacity: rows.
-            patient: wait for as long as others compile and capture; else the call does without a graph then.
+            patient: wait for as long as others compile and capture, whatever is usual here; who does not wait gets a
+                call that does without a graph.
         """
 
         def plainly() -> None:
@@ -73,13 +77,22 @@ class Graphs:
 
         if not self.exist:
             return plainly
-        if not capturing.acquire(timeout=-1 if patient else _PATIENCE_S):
-            logger.info("a network runs without its graph until others are compiled")
+        if not self._acquire(patient or self._patient):
             return plainly
         try:
             return self._captured(job, compute, capacity, plainly)
         finally:
             capturing.release()
+
+    def _acquire(self, patient: bool) -> bool:
+        """Take the lock; who may not wait for long does so for one capture, and not again for the next ones."""
+        if patient:
+            return capturing.acquire()
+        if capturing.acquire(timeout=_PATIENCE_S if time.monotonic() > self._busy_until else 0.0):
+            return True
+        self._busy_until = time.monotonic() + _BUSY_S
+        logger.info("a network runs without its graph until others are compiled")
+        return False
 
     def _captured(self, job: Job, compute: Compute, capacity: int, plainly: Callable[[], None]) -> Callable[[], None]:
         with torch.cuda.device(self._device):
@@ -138,7 +151,7 @@ class Captures:
     @property
     def lacks_graphs(self) -> bool:
         """Whether some of the work is done without a graph where there could be one."""
-        return self._graphs.exist and not all(isinstance(work, _Recorded) for work in self._works.values())
+        return self._graphs.exist and not all(isinstance(work, _Recorded) for work in list(self._works.values()))
 
     def capacity(self, count: int) -> int:
         """Return the smallest capacity that holds `count` rows."""

@@ -5,6 +5,7 @@ least once, so two segments may hold the same frame; the compactor and `workers.
 `frame_id`.
 """
 
+import contextlib
 import itertools
 import time
 from collections.abc import Sequence
@@ -104,12 +105,14 @@ class SegmentWriter:
         Raises:
             ResultsUnavailable: nothing can be written.
         """
-        path = f"{self._folder}/.{self._replica}.check"
+        # By its name a leftover of a writer that was killed, in case that this one is.
+        path = f"{self._folder}/.{self._replica}-{time.time_ns()}.arrow.tmp"
         try:
-            durable.write(self._fs, path, lambda sink: sink.write(b"proctor"))
-            self._fs.delete_file(path)
+            durable.write_unnamed(self._fs, path, lambda sink: sink.write(b"proctor"))
         except OSError as error:
             raise self._unavailable(error) from None
+        with contextlib.suppress(OSError):  # a store may grant writing alone
+            self._fs.delete_file(path)
 
     def write(self, rows: Sequence[Row]) -> str:
         """Write one segment and return its path; when this returns, the rows survive a power cut.
