@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -109,11 +110,14 @@ class Cameras:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if kind is not None:  # they may wait for a reader that is no more
+            self._process.kill()
         self._process.communicate(timeout=30)  # the end of its input is the end of its work
 
 
 def main() -> None:
     """Carry out orders until the input ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # for the program that measures, which then ends this one
     given = json.loads(sys.stdin.readline())
     pictures = Input(given["codec"], given["size"]).pictures()
     _reply({"bytes_per_frame": sum(len(each.data) for each in pictures) // len(pictures)})

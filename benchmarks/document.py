@@ -1,5 +1,6 @@
 """How a program of this package ends: its JSON document on standard output, and in a file."""
 
+import argparse
 import json
 import sys
 from collections.abc import Callable
@@ -15,12 +16,28 @@ def say(step: str) -> None:
 
 
 def write(document: dict[str, Any], to: Path | None) -> None:
-    """Write a document to standard output and, where a file is named, there too."""
+    """Write a document to standard output and, where a file is named, there too; a file that cannot be written ends the
+    program with one line.
+    """
     text = json.dumps(document, indent=1) + "\n"
-    if to is not None:
-        to.parent.mkdir(parents=True, exist_ok=True)
-        to.write_text(text)
     sys.stdout.write(text)
+    if to is not None:
+        try:
+            to.parent.mkdir(parents=True, exist_ok=True)
+            to.write_text(text)
+        except OSError as error:
+            sys.exit(f"cannot write {to}: {error.strerror or error}")
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """Return the type of an option that is a whole number."""
+
+    def number(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text}: expected a whole number of at least {least}")
+        return int(text)
+
+    return number
 
 
 def ratio(part: float, whole: float) -> float:

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.document import Say, say, write
+from benchmarks.document import Say, at_least, say, write
 from benchmarks.engine_headline import headline
 from benchmarks.engine_rows import Bench, Sizes, measure_network
 from benchmarks.machine import describe_machine
@@ -38,7 +38,7 @@ def main() -> None:
     """Measure and write the document."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", type=Path, help="local ResNet-18 weights; else random ones")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads; 1 is a replica's default")
+    parser.add_argument("--threads", type=at_least(1), default=1, help="CPU threads; 1 is a replica's default")
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, help="whose rows are measured; else all")
     parser.add_argument("--quick", action="store_true", help="whether it works, in seconds; no figure to quote")
     parser.add_argument("--json", type=Path, help="where the document goes, beside standard output")
@@ -48,11 +48,11 @@ def main() -> None:
         document = measure(options.weights, options.threads, options.quick, say, options.networks)
     except ModelError as error:
         parser.exit(1, f"{parser.prog}: {error}\n")
+    write(document, options.json)
     if options.plot:
         from benchmarks.plots import plot_engine
 
         plot_engine(document, options.plot)
-    write(document, options.json)
 
 
 def measure(

@@ -141,6 +141,8 @@ def _measure(engine: Engine, batches: Iterator[list[Request]], row: dict[str, An
     rates = timing.rates(calls * row["batch"])
     tflops = rates["fps"] * row["gflop_per_frame"] / 1e3
     return rates | {
+        "callers": bench.callers,
+        "batches_per_timing": calls,
         "ms_per_batch": round(timing.median_s / calls * 1e3, 4),
         "tflops": round(tflops, 4),
         "of_peak": ratio(tflops, bench.roofline.tflops),

@@ -7,6 +7,7 @@ measurement needs. A memory of scenes does: it holds those of `NORMALS` pictures
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 import torchvision
 from safetensors.torch import save_file
 
+from benchmarks.document import say
 from benchmarks.pictures import textures
 from models.detectors import DETECTORS, make_detector
 from models.errors import TeacherError
@@ -29,7 +31,7 @@ from workers.compiling import take_short_turns
 from workers.engine import Budget, Engine, Resident
 
 NORMALS = 64
-_READY_S = 1200.0
+_READY_S, _SAID_EVERY_S = 1200.0, 20.0
 
 
 @dataclass(frozen=True)
@@ -146,5 +148,9 @@ def await_ready(engine: Engine) -> None:
     Raises:
         RuntimeError: it was not done in time.
     """
-    if not engine.ready(_READY_S):
-        raise RuntimeError(f"the engine was not ready within {_READY_S:g} s")
+    started = time.monotonic()
+    while not engine.ready(_SAID_EVERY_S):
+        waited_s = time.monotonic() - started
+        if waited_s > _READY_S:
+            raise RuntimeError(f"the engine was not ready within {_READY_S:g} s")
+        say(f"compiling for {waited_s:.0f} s")

@@ -22,10 +22,13 @@ class OwnNetworks:
         products: how many.
         device: where to compute.
         dtype: the networks' precision.
+
+    Attributes:
+        device: likewise.
     """
 
     def __init__(self, trained: TrainedStudent, products: int, device: torch.device, dtype: torch.dtype) -> None:
-        self._detector, self._device, self._dtype = trained.detector, device, dtype
+        self._detector, self.device, self._dtype = trained.detector, device, dtype
         self._layout = torch.contiguous_format if dtype == torch.float32 else torch.channels_last
         self._networks = [(self._own(trained.teacher), self._own(trained.student)) for _ in range(products)]
 
@@ -47,11 +50,11 @@ class OwnNetworks:
 
     @torch.inference_mode()
     def _judge(self, teacher: Teacher, student: Student, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        inputs = to_input(torch.from_numpy(images).to(self._device), teacher, self._dtype)
+        inputs = to_input(torch.from_numpy(images).to(self.device), teacher, self._dtype)
         inputs = inputs.contiguous(memory_format=self._layout)
         maps, scores = infer(self._detector, student, inputs, teacher(inputs))
         return maps.float().cpu().numpy(), scores.double().cpu().numpy()
 
     def _own(self, network: Network) -> Network:
         own = copy.deepcopy(network)
-        return own.to(device=self._device, dtype=self._dtype, memory_format=self._layout)  # type: ignore[call-overload]
+        return own.to(device=self.device, dtype=self._dtype, memory_format=self._layout)  # type: ignore[call-overload]

@@ -27,7 +27,7 @@ from typing import Any, Self
 
 import torch
 
-from benchmarks.document import ratio, say, write
+from benchmarks.document import at_least, ratio, say, write
 from benchmarks.engine_rows import even_batches, judging
 from benchmarks.machine import describe_machine
 from benchmarks.networks import DEFAULT, PAIR, Network, Weights, make_engine, serving, trained
@@ -48,8 +48,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer-python", type=Path, required=True, help="interpreter that has anomalib and openvino")
     parser.add_argument("--weights", type=Path, required=True, help="safetensors of a ResNet-18 up to layer3")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads of either side")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=at_least(1), default=2, help="CPU threads of either side")
+    parser.add_argument("--rounds", type=at_least(1), default=5)
     parser.add_argument("--seconds", type=float, default=2.0, help="of one setting in one round")
     parser.add_argument("--pause", type=float, default=0.5, help="before each setting, seconds")
     parser.add_argument("--json", type=Path, help="where the document goes, beside standard output")

@@ -30,7 +30,7 @@ import numpy as np
 import redis
 
 from benchmarks.cameras import Cameras, Order
-from benchmarks.document import Say, ratio, say, write
+from benchmarks.document import Say, at_least, ratio, say, write
 from benchmarks.line import PRODUCT, Line
 from benchmarks.machine import describe_machine
 from benchmarks.networks import DEFAULT, NETWORKS, Network, Weights, await_ready, make_engine, publish, trained
@@ -53,11 +53,13 @@ _SLACK_MS = 5.0
 def main() -> None:
     """Measure and write the document."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--frames", type=int, default=2000, help="frames of each measurement")
+    parser.add_argument("--frames", type=at_least(16), default=2000, help="frames of each measurement")
     parser.add_argument("--network", choices=NETWORKS, default=DEFAULT.name, help="that judges")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads of the engine; 1 is a replica's default")
     parser.add_argument(
-        "--decode-threads", type=int, default=WorkerSettings().decode_threads, help="threads that decode"
+        "--threads", type=at_least(1), default=1, help="CPU threads of the engine; 1 is a replica's default"
+    )
+    parser.add_argument(
+        "--decode-threads", type=at_least(1), default=WorkerSettings().decode_threads, help="threads that decode"
     )
     parser.add_argument("--gpu-decode", action="store_true", help="the GPU decodes JPEGs, where there is one")
     parser.add_argument("--quick", action="store_true", help="whether it works, in seconds; no figure to quote")
@@ -66,11 +68,11 @@ def main() -> None:
     options = parser.parse_args()
     settings = WorkerSettings(gpu_decode=options.gpu_decode, decode_threads=options.decode_threads)
     document = measure(options.frames, options.threads, options.quick, say, settings, NETWORKS[options.network])
+    write(document, options.json)
     if options.plot:
         from benchmarks.plots import plot_pipeline
 
         plot_pipeline(document, options.plot)
-    write(document, options.json)
 
 
 def measure(
@@ -98,6 +100,8 @@ def measure(
         say(f"{network.detector}, {network.teacher}, {network.size}²: into service")
         budget = Budget(settings.max_batch, threads, compiled=not quick)
         engine, residency = _service(network, folder, valkey.url, budget)
+        if settings.gpu_decode and engine.device.type != "cuda":
+            say("there is no GPU, so the CPU decodes JPEGs")
         line = Line(valkey.url, folder, engine, residency, settings)
         rows = [_measure(line, each, frames, rounds, say) for each in INPUTS]
     top = (

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.document import say, write
+from benchmarks.document import at_least, say, write
 from benchmarks.machine import describe_machine
 from benchmarks.networks import Weights, await_ready, make_engine, publish
 from models.calibration import is_fail
@@ -44,10 +44,10 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="a labelled set, or a folder of sets")
     parser.add_argument("--weights", type=Path, help="local ResNet-18 weights, for recipes with that teacher")
     parser.add_argument("--recipe", choices=sorted(RECIPES), default="fast")
-    parser.add_argument("--steps", type=int, help="of training, else the recipe's")
+    parser.add_argument("--steps", type=at_least(1), help="of training, else the recipe's")
     parser.add_argument("--quick", action="store_true", help="whether it works, in seconds; no figure to quote")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads; 1 is a replica's default")
+    parser.add_argument("--threads", type=at_least(1), default=1, help="CPU threads; 1 is a replica's default")
     parser.add_argument("--json", type=Path, help="where the document goes, beside standard output")
     options = parser.parse_args()
     device = pick_device()

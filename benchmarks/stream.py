@@ -21,7 +21,7 @@ import numpy as np
 import redis
 
 from benchmarks.cameras import PLAIN_STREAM, Cameras, Order
-from benchmarks.document import Say, ratio, say, write
+from benchmarks.document import Say, at_least, ratio, say, write
 from benchmarks.machine import describe_machine
 from benchmarks.pictures import INPUTS, Input
 from cluster.server import EmbeddedServer
@@ -37,7 +37,7 @@ _BLOCK_MS = 50
 def main() -> None:
     """Measure and write the document."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--frames", type=int, default=4000, help="frames of each measurement")
+    parser.add_argument("--frames", type=at_least(16), default=4000, help="frames of each measurement")
     parser.add_argument("--quick", action="store_true", help="whether it works, in seconds; no figure to quote")
     parser.add_argument("--json", type=Path, help="where the document goes, beside standard output")
     options = parser.parse_args()

@@ -69,15 +69,15 @@ def timed(call: Callable[[], object], patience: Patience) -> Timing:
 
 def in_threads(call: Callable[[], object], callers: int, each: int) -> Callable[[], None]:
     """Return a call that has so many threads make a call side by side, `each` times each."""
-    threads = ThreadPoolExecutor(callers)
 
     def repeat() -> None:
         for _ in range(each):
             call()
 
     def run() -> None:
-        for done in [threads.submit(repeat) for _ in range(callers)]:
-            done.result()
+        with ThreadPoolExecutor(callers) as threads:
+            for done in [threads.submit(repeat) for _ in range(callers)]:
+                done.result()
 
     return run
 

@@ -32,20 +32,25 @@ def bench_engine(
     quick: Quick = False,
     threads: Threads = 1,
     weights: Annotated[Path | None, typer.Option(help="Local ResNet-18 weights; else random, as fast.")] = None,
+    network: Annotated[list[str] | None, typer.Option(help="Of the rows, if not all; may be repeated.")] = None,
     plot: Plot = None,
     as_json: Json = False,
 ) -> None:
-    """The engine over batches and products, beside the device's peak and a network for each product."""
+    """The engine over batches and products, beside the device's peak and a network for each product.
+
+    All networks take up to half an hour; --network pair --network default takes ten minutes.
+    """
     _check_picture(plot)
     from benchmarks.engine import measure
     from cluster.bench_tables import engine_tables
 
-    document = measure(weights, threads, quick, say)
+    networks = [_network(name) for name in network or ()]
+    document = measure(weights, threads, quick, say, networks or None)
+    _print(document, as_json, *engine_tables(document))
     if plot is not None:
         from benchmarks.plots import plot_engine
 
         _draw(plot_engine, document, plot)
-    _print(document, as_json, *engine_tables(document))
 
 
 @bench_app.command("stream")
@@ -77,15 +82,14 @@ def bench_pipeline(
     from benchmarks.pipeline import measure
     from cluster.bench_tables import pipeline_table
 
-    if network not in NETWORKS:
-        raise ProctorError(f"no network named {network!r}; there are {', '.join(NETWORKS)}")
+    chosen = NETWORKS[_network(network)]
     settings = WorkerSettings(decode_threads=decode_threads, gpu_decode=gpu_decode)
-    document = measure(frames, threads, quick, say, settings, NETWORKS[network])
+    document = measure(frames, threads, quick, say, settings, chosen)
+    _print(document, as_json, pipeline_table(document))
     if plot is not None:
         from benchmarks.plots import plot_pipeline
 
         _draw(plot_pipeline, document, plot)
-    _print(document, as_json, pipeline_table(document))
 
 
 def _print(document: dict[str, Any], as_json: bool, *tables: Table) -> None:
@@ -95,12 +99,22 @@ def _print(document: dict[str, Any], as_json: bool, *tables: Table) -> None:
         out.print(*tables, sep="\n")
 
 
+def _network(name: str) -> str:
+    from benchmarks.networks import NETWORKS
+
+    if name not in NETWORKS:
+        raise ProctorError(f"no network named {name!r}; there are {', '.join(NETWORKS)}")
+    return name
+
+
 def _check_picture(plot: Path | None) -> None:
     """Refuse a picture that could not be drawn, before minutes of measuring."""
-    if plot is not None and plot.suffix not in _PICTURES:
+    if plot is not None and plot.suffix.lower() not in _PICTURES:
         raise ProctorError(f"--plot {plot}: expected a name that ends in {', '.join(_PICTURES)}")
     if plot is not None and not plot.absolute().parent.is_dir():
         raise ProctorError(f"--plot {plot}: no such folder: {plot.absolute().parent}")
+    if plot is not None and plot.is_dir():
+        raise ProctorError(f"--plot {plot}: this is a folder; name a file")
 
 
 def _draw(plot: Callable[[dict[str, Any], Path], None], document: dict[str, Any], to: Path) -> None:

@@ -24,7 +24,7 @@ def engine_tables(document: Document) -> list[Table]:
         ("swap of a version", f"{swap['install']:.2f} ms", ""),
         ("longest batch while versions are built", f"{swap['longest_batch']:.1f} ms", ""),
     ]
-    title = f"ResNet-18 pair, batches of {batch}, {document['device']}, {document['dtype']}"
+    title = f"ResNet-18 pair, batches of {batch}, {document['device']}, {document['dtype']}{_manner(document)}"
     rows = [
         (
             f"{row['detector']}, {row['teacher']}, {row['input_size']}²",
@@ -59,23 +59,30 @@ def stream_table(document: Document) -> Table:
 
 
 def pipeline_table(document: Document) -> Table:
-    """A row for each input: the loop beside each stage alone."""
-    stages = tuple(document["rows"][0]["stages_fps"])
-    names = ("input", *stages, "loop", "of the slowest", "of the bound", "p50 ms", "p99 ms", "bound ms")
-    rows = [
-        (
-            row["input"],
-            *(f"{row['stages_fps'][stage]:,.0f}" for stage in stages),
-            f"{row['loop_fps']:,.0f}",
-            _of(row["loop_to_slowest"]),
-            _of(row["loop_to_bound"]),
-            *_latency(row),
-            f"{row['latency_bound_ms']:.1f}",
-        )
-        for row in document["rows"]
-    ]
-    title = f"frames/s of each stage alone and of the loop: {document['network']}, {document['device']}"
-    return _table(title, names, rows)
+    """A column for each input: the loop beside each stage alone."""
+    inputs = document["rows"]
+    figures: dict[str, list[str]] = {
+        f"{stage}, frames/s": [f"{row['stages_fps'][stage]:,.0f}" for row in inputs]
+        for stage in inputs[0]["stages_fps"]
+    }
+    figures |= {
+        "loop, frames/s": [f"{row['loop_fps']:,.0f}" for row in inputs],
+        "  of the slowest stage": [_of(row["loop_to_slowest"]) for row in inputs],
+        "  of the bound": [_of(row["loop_to_bound"]) for row in inputs],
+        "p50 at half load, ms": [_latency(row)[0] for row in inputs],
+        "p99 at half load, ms": [_latency(row)[1] for row in inputs],
+        "  its bound, ms": [f"{row['latency_bound_ms']:.1f}" for row in inputs],
+    }
+    title = f"each stage alone and the loop: {document['network']}, {document['device']}{_manner(document)}"
+    return _table(title, ("", *(row["input"] for row in inputs)), [(name, *row) for name, row in figures.items()])
+
+
+def _manner(document: Document) -> str:
+    """How it was measured, as far as figures are worth less or more by it."""
+    threads = f", threads: {document['threads']}" if document["device"] == "cpu" else ""
+    if "decode_threads" in document:
+        threads += f", to decode: {document['decode_threads']}"
+    return threads + (", quick: no figure to quote" if document["quick"] else "")
 
 
 def _latency(row: Document) -> tuple[str, str]:

@@ -1,8 +1,11 @@
 """The programs that measure, as a user runs them: their documents hold together. No figure is looked at."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import cv2
@@ -12,6 +15,7 @@ import pytest
 from benchmarks.peer_speed import Peer, comparison, peer_settings
 from benchmarks.pictures import textures
 from benchmarks.precision import compare
+from benchmarks.timing import in_threads
 
 ROOT = Path(__file__).resolve().parents[1]
 PNG = b"\x89PNG"
@@ -77,6 +81,49 @@ def test_pipeline(tmp_path):
     assert picture.read_bytes().startswith(PNG)
 
 
+def test_the_pipeline_with_another_network():
+    found = document("cluster.cli", "bench", "pipeline", "--quick", "--json", "--network", "pair")
+    assert found["network"] == "stfpm, resnet18, 256 x 256"
+
+
+def test_an_interrupt_ends_a_program_and_its_cameras_at_once():
+    words = [sys.executable, "-m", "cluster.cli", "bench", "stream", "--frames", "100000"]
+    started = subprocess.Popen(words, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    assert "jpeg 256: 3 rounds" in started.stderr.readline()
+    os.killpg(started.pid, signal.SIGINT)  # as a terminal does, so the cameras get it too
+    _, said = started.communicate(timeout=60)
+    assert (started.returncode, said.splitlines()) == (130, ["proctor: interrupted"])
+    with pytest.raises(ProcessLookupError):
+        os.killpg(started.pid, 0)
+
+
+def test_calls_side_by_side_are_as_many_as_asked_for_and_their_errors_are_raised():
+    both, calls = threading.Barrier(2), []
+
+    def call() -> None:
+        both.wait(timeout=60)  # two are under way, or it never ends
+        calls.append(threading.get_ident())
+
+    in_threads(call, callers=2, each=3)()
+    assert (len(calls), len(set(calls))) == (6, 2)
+    with pytest.raises(ZeroDivisionError):
+        in_threads(lambda: 1 / 0, callers=2, each=1)()
+
+
+@pytest.mark.parametrize("option", ["--frames", "--threads"])
+def test_a_number_that_measures_nothing_is_refused_by_one_line(option):
+    done = run("benchmarks.pipeline", option, "0")
+    assert done.returncode == 2
+    assert f"argument {option}: 0: expected a whole number of at least" in done.stderr.splitlines()[-1]
+
+
+def test_a_document_that_cannot_be_written_is_not_lost(tmp_path):
+    done = run("benchmarks.stream", "--quick", "--json", str(tmp_path))
+    assert done.returncode == 1
+    assert json.loads(done.stdout)["rows"]
+    assert done.stderr.splitlines()[-1] == f"cannot write {tmp_path}: Is a directory"
+
+
 def test_precision(tmp_path):
     for number, image in enumerate(textures(24, 64)):
         kind = ("train/good", "test/good", "test/scratch")[number % 3]
@@ -100,9 +147,12 @@ def test_weights_that_are_not_there_are_one_line():
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize(("to", "says"), [("picture.bmp", "ends in .png"), ("nowhere/picture.png", "no such folder")])
-def test_a_picture_that_cannot_be_drawn_is_said_before_the_measuring(to, says):
-    done = run("cluster.cli", "bench", "pipeline", "--plot", to)
+@pytest.mark.parametrize(
+    ("to", "says"), [("a.bmp", "ends in .png"), ("nowhere/a.png", "no such folder"), ("{here}/a.png", "a folder")]
+)
+def test_a_picture_that_cannot_be_drawn_is_said_before_the_measuring(to, says, tmp_path):
+    (tmp_path / "a.png").mkdir()
+    done = run("cluster.cli", "bench", "pipeline", "--plot", to.format(here=tmp_path))
     assert done.returncode == 1
     assert says in done.stderr
     assert len(done.stderr.splitlines()) == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from models.errors import ModelError
 from models.preprocess import fit_to_input, least_side
 from producers.frame import Picture
 from workers.settings import WorkerSettings
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +94,10 @@ def make_decoders(settings: WorkerSettings, device: torch.device) -> Decoders:
     """Return the decoders that the settings ask for, beside an engine on `device`."""
     max_pixels = int(settings.max_megapixels * 1e6)
     on_cpu = CpuDecoders(settings.decode_threads, max_pixels)
-    if device.type != "cuda" or not settings.gpu_decode:
+    if not settings.gpu_decode:
+        return on_cpu
+    if device.type != "cuda":
+        logger.warning("[worker] gpu_decode: the engine computes on %s, so the CPU decodes", device)
         return on_cpu
     from workers.gpu_decoding import decoders_beside, nvjpeg
 

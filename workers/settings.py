@@ -1,6 +1,18 @@
 """Settings of the workers."""
 
-from pydantic import BaseModel, ConfigDict, Field
+import re
+from typing import Annotated
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+
+def _device(name: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
+        raise ValueError("allowed: auto, cpu, cuda, cuda:N")
+    return name
+
+
+DeviceName = Annotated[str, AfterValidator(_device)]
 
 
 class EvidenceSettings(BaseModel):
@@ -17,7 +29,7 @@ class WorkerSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N")
+    device: DeviceName = Field(default="auto", description="auto, cpu, cuda or cuda:N")
     max_batch: int = Field(default=16, ge=1)
     compile: bool = Field(default=True, description="networks are compiled in the background: faster after a minute")
     gpu_memory_mb: int = Field(default=4096, ge=64, description="of a GPU, for students of products")
