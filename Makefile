@@ -10,7 +10,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 install: .venv/installed
 
 .venv/installed: pyproject.toml constraints.txt
-	@echo "installing into .venv (a few minutes, about 6 GB)"
+	@echo "installing into .venv (a few minutes, about 7 GB)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@$(INSTALL) torch torchvision
 	@$(INSTALL) --editable '.[demo,dev]'
