@@ -79,7 +79,7 @@ def few_scores(count: int, false_reject_rate: float) -> str | None:
         return None
     return (
         f"the threshold rests on {count} held-out images where {false_reject_rate:.1%} false rejects need {enough}; "
-        "its margin may let defects pass: give more images, or a looser false_reject_rate"
+        "its margin may let half of the defects pass: give more images, a larger holdout, or a looser false_reject_rate"
     )
 
 
