@@ -15,7 +15,8 @@ from benchmarks.hot_swap import hot_swap_ms
 from benchmarks.networks import PAIR, make_engine, serving, trained
 from benchmarks.own_networks import OwnNetworks
 from benchmarks.pictures import PICTURES, textures
-from benchmarks.timing import QUICK, ROUND, interleaved, torch_threads
+from benchmarks.timing import QUICK, ROUND, interleaved
+from models.inference import torch_threads
 from models.registry import Registry
 from models.training import TrainedStudent
 from workers.engine import Engine, Resident

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.timing import Patience, timed, torch_threads
+from benchmarks.timing import Patience, timed
+from models.inference import torch_threads
 from models.training import TrainedStudent
 
 

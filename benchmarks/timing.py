@@ -1,13 +1,11 @@
 """Repeated calls and what they took."""
 
-import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 
 @dataclass(frozen=True)
@@ -95,14 +93,3 @@ def interleaved(calls: Mapping[str, Callable[[], object]], patience: Patience, r
         for name, call in calls.items():
             found[name] += timed(call, patience).seconds
     return {name: Timing(seconds) for name, seconds in found.items()}
-
-
-@contextlib.contextmanager
-def torch_threads(threads: int) -> Iterator[None]:
-    """Let operations of PyTorch on the CPU use so many threads for the block."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

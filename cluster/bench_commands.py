@@ -38,7 +38,7 @@ def bench_engine(
 ) -> None:
     """The engine over batches and products, beside the device's peak and a network for each product.
 
-    All networks take up to half an hour; --network pair --network default takes ten minutes.
+    All networks take up to half an hour; --network pair --network default takes five to ten minutes.
     """
     _check_picture(plot)
     from benchmarks.engine import measure

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from models.detector import Detector, Student
 from models.errors import ModelError
 from models.folding import fold_batchnorm, pool_first
+from models.settings import checked_device
 from models.teachers import Features, Teacher
 
 Network = TypeVar("Network", Teacher, Student)
@@ -32,11 +33,9 @@ def pick_device(name: str = "auto") -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ModelError(f"unknown device '{name}'; allowed: auto, cpu, cuda, cuda:N") from None
-    if device.type not in ("cpu", "cuda"):
-        raise ModelError(f"unknown device '{name}'; allowed: auto, cpu, cuda, cuda:N")
+        device = torch.device(checked_device(name))
+    except ValueError as error:
+        raise ModelError(str(error)) from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ModelError(f"device '{name}': this machine has {torch.cuda.device_count()} CUDA devices")
     return device
@@ -70,7 +69,8 @@ def _bfloat16_gain() -> float:
 
     runs = {dtype: convolution(dtype) for dtype in (torch.float32, torch.bfloat16)}
     seconds = dict.fromkeys(runs, math.inf)
-    with torch.inference_mode(), _one_thread():
+    # In one thread, as each of the engine's streams computes: how two share a small layer is a matter of luck.
+    with torch.inference_mode(), torch_threads(1):
         for run in runs.values():
             run()  # the kernel is chosen at its first use
         for _ in range(10):  # in turn, so that other work on the machine slows both alike
@@ -80,10 +80,10 @@ def _bfloat16_gain() -> float:
 
 
 @contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """Compute in one thread, as each of the engine's streams does; how two share a small layer is a matter of luck."""
+def torch_threads(count: int) -> Iterator[None]:
+    """Let PyTorch's operations on the CPU use so many threads for the block."""
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(count)
     try:
         yield
     finally:

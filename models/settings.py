@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from models.errors import ModelError, unknown_name
+
+
+def checked_device(name: str) -> str:
+    """Return a device's name if it may be one; whether this machine has it is another matter.
+
+    Raises:
+        ValueError: It is none.
+    """
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
+        raise ValueError(f"unknown device '{name}'; allowed: auto, cpu, cuda, cuda:N")
+    return name
+
+
+DeviceName = Annotated[str, AfterValidator(checked_device)]
 
 
 class TrainingSettings(BaseModel):
@@ -64,7 +79,7 @@ class TrainingSettings(BaseModel):
     seed: int = Field(default=0, ge=0, lt=2**32)
     holdout: float = Field(default=0.3, gt=0, lt=1)
     false_reject_rate: float = Field(default=0.01, gt=0, lt=1)
-    device: str = "auto"
+    device: DeviceName = "auto"
     threads: int | None = Field(default=None, ge=1)
     cache_bytes: int = Field(default=2**30, ge=0)
 

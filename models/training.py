@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -20,7 +19,7 @@ from models.errors import ModelError, TrainingDataError
 from models.features import TeacherFeatures
 from models.fitting import Fit, Progress, ShouldStop, training_dtype
 from models.holdout import split_holdout
-from models.inference import best_dtype, infer, pick_device, prepare
+from models.inference import best_dtype, infer, pick_device, prepare, torch_threads
 from models.preprocess import fit_to_input
 from models.settings import TrainingSettings
 from models.teachers import Teacher, load_teacher
@@ -85,7 +84,7 @@ def train(
     fitted = np.stack([fit_to_input(image, settings.input_size) for image in images])
     trained_on, held_out = split_holdout(fitted, settings.holdout)
 
-    with _threads(settings.threads):
+    with torch_threads(settings.threads or max(1, (os.cpu_count() or 1) // 2)):
         ready = prepare(teacher, device, training_dtype(device))
         fit = Fit(
             settings=settings,
@@ -146,17 +145,6 @@ def score_images(
 
 def _augmentation(settings: TrainingSettings) -> CameraAugmentation | None:
     return CameraAugmentation(settings.seed) if settings.augment == "camera" else None
-
-
-@contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    """Compute with `count` CPU threads inside, None being half the cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count or max(1, (os.cpu_count() or 1) // 2))
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _new_student(detector: Detector, teacher: Teacher, seed: int, start_from: Mapping[str, Tensor] | None) -> Student:

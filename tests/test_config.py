@@ -162,7 +162,11 @@ def test_every_section_refuses_unknown_keys():
             "[http]\nprot = 1",
             'proctor.toml: unknown key in [http]: "prot"; did you mean "port"? Known: host, port, token',
         ),
-        ("[worker]\ndevice = 'gpu'", "proctor.toml: worker.device = 'gpu': allowed: auto, cpu, cuda, cuda:N"),
+        ("[worker]\ndevice = 'gpu'", "worker.device = 'gpu': unknown device 'gpu'; allowed: auto, cpu, cuda, cuda:N"),
+        (
+            "[training]\ndevice = 'gpu'",
+            "training.device = 'gpu': unknown device 'gpu'; allowed: auto, cpu, cuda, cuda:N",
+        ),
         ("[worker.evidence]\nneer = 1", 'unknown key in [worker.evidence]: "neer"; did you mean "near"?'),
         ("_env_file = 'x'", 'proctor.toml: unknown key: "_env_file"; '),
         ("[htpp]\nport = 1", 'proctor.toml: unknown key: "htpp"; did you mean "http"?'),

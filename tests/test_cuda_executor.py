@@ -20,7 +20,7 @@ from models.slotted_kernel import is_tuning
 from models.stfpm import STFPM
 from models.teachers import load_teacher
 from models.versions import restore
-from workers import banks, graphs
+from workers import banks, cuda_executor, graphs
 from workers.cuda_executor import CudaExecutor
 from workers.device_faults import is_fault, is_out_of_memory
 from workers.errors import DeviceFault
@@ -160,6 +160,17 @@ def test_images_on_the_device_and_on_the_host_may_be_mixed(bench):
     assert np.array_equal(expected, found)
     all_there, _ = bench.executor.run([Request(bolt, torch.from_numpy(image)) for image in images])
     assert np.array_equal(expected, all_there)
+
+
+def test_images_on_the_device_of_several_sizes_are_each_fitted(bench, monkeypatch):
+    bolt = bench.add("bolt")
+    monkeypatch.setattr(cuda_executor, "_FITTED_VALUES", 3 * 90 * 70 * 2)  # so many of the size below at once: two
+    sizes = [(90, 70), (90, 70), (90, 70), (64, 64), (40, 50), (40, 50), (90, 70)]
+    images = [texture(seed, *size) for seed, size in enumerate(sizes)]
+    expected, _ = bench.executor.run([Request(bolt, fit_to_input(image, bolt.card.input_size)) for image in images])
+    found, _ = bench.executor.run([Request(bolt, torch.from_numpy(image)) for image in images])
+    for one, other in zip(expected, found, strict=True):  # they differ by a grey level here and there
+        assert np.abs(one - other).max() <= 0.05 * one.max()
 
 
 def test_a_student_without_numbers_touches_no_other_row(bench):

@@ -1,11 +1,10 @@
 """What an executor keeps on a device: a lane for each teacher and input size, a bank for each structure of students."""
 
-import contextlib
 import logging
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, TypeVar
 
@@ -123,7 +122,7 @@ class Banks:
         tries = 0
         while True:
             # Where nothing is compiled later, this is the time to tune what is captured.
-            tuned = contextlib.nullcontext() if self._compiler else tuning()
+            tuned = nullcontext() if self._compiler else tuning()
             try:
                 with torch.inference_mode(False), torch.no_grad(), tuned:
                     return make(tries)

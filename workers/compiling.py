@@ -12,8 +12,6 @@ import time
 from collections.abc import Callable, Hashable, Iterator
 from pathlib import Path
 
-from torch._inductor.runtime.cache_dir_utils import default_cache_dir
-
 logger = logging.getLogger(__name__)
 
 # Seconds. A thread that computes by many small operations asks for the interpreter's lock after each, and beside one
@@ -26,6 +24,8 @@ _LAST = 1 << 30
 
 def cache_folder() -> Path:
     """Where compiled code is kept for later starts and for the other replicas of this machine."""
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir  # most of a second, of a compiler's time
+
     chosen = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
     if chosen and chosen != default_cache_dir():  # which PyTorch puts there itself; it is gone after a boot
         return Path(chosen)

@@ -1,18 +1,8 @@
 """Settings of the workers."""
 
-import re
-from typing import Annotated
+from pydantic import BaseModel, ConfigDict, Field
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
-
-
-def _device(name: str) -> str:
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
-        raise ValueError("allowed: auto, cpu, cuda, cuda:N")
-    return name
-
-
-DeviceName = Annotated[str, AfterValidator(_device)]
+from models.settings import DeviceName
 
 
 class EvidenceSettings(BaseModel):
