@@ -58,7 +58,7 @@ class Line:
 
         Returns:
             Frames a second from the first publish to the last acknowledgement, and (N,) latencies from capture to
-            verdict in ms.
+            verdict in ms, in order of capture.
 
         Raises:
             RuntimeError: not as many rows as frames.
