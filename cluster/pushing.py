@@ -119,7 +119,7 @@ def push_frames(
     way: _Way = (
         spooled_publisher(config, camera.product, camera.name, server, say)
         if settings.spool_mb
-        else _WithoutSpool(camera, Publisher(server, settings))
+        else _WithoutSpool(camera, Publisher(server, settings, say))
     )
     captured, started = 0, time.monotonic()
     total = len(camera.source) if not camera.loop and len(camera.source) else None

@@ -1,6 +1,7 @@
 """Publishing frames into their product's stream, counted, without losing or doubling one."""
 
 import contextlib
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -20,6 +21,9 @@ from producers.retention import Retention
 from producers.settings import PublisherSettings
 
 _ANNOUNCE_EVERY_S = 60.0
+_SAY_FULL_AFTER_S = 2.0
+
+logger = logging.getLogger(__name__)
 
 
 class Published(Enum):
@@ -44,13 +48,17 @@ class Publisher:
     Args:
         server: a client that returns bytes.
         settings: codec, bounds, policy and patience.
+        say: told in a line when a full stream makes a camera wait, and when it takes frames again.
 
     Attributes:
         gave_way: older frames, of any camera of the product, that were shed for these by `drop_oldest`.
     """
 
-    def __init__(self, server: redis.Redis, settings: PublisherSettings) -> None:
-        self._settings = settings
+    def __init__(
+        self, server: redis.Redis, settings: PublisherSettings, say: Callable[[str], None] = logger.warning
+    ) -> None:
+        self._settings, self._say = settings, say
+        self._full: set[str] = set()
         self._announced: dict[str, float] = {}
         self._firsts: dict[tuple[str, str], int] = {}
         self._retention = Retention(settings.retain_s, int(settings.retain_mb * 2**20))
@@ -154,7 +162,7 @@ class Publisher:
 
     def _deliver(self, frame: Frame, stop: threading.Event, known: int, *, declare: bool) -> Published | int | None:
         """Publish one frame, or return the number from which on the server knows nothing of the camera's run."""
-        pause_s = 0.002
+        pause_s, waited_s = 0.002, 0.0
         while True:
             reply = self._with_patience(
                 frame,
@@ -167,6 +175,8 @@ class Publisher:
                 with self._retention_lock:
                     self._retention.keep(frame, time.monotonic())
                     self.gave_way += int(number)
+                if not waited_s:
+                    self._note_room(frame.product)
                 return Published.ADDED
             if word == "shed":
                 return Published.SHED
@@ -181,7 +191,28 @@ class Publisher:
                 )
             if stop.wait(pause_s):
                 return None
+            waited_s += pause_s
+            if waited_s > _SAY_FULL_AFTER_S:
+                self._note_full(frame.product)
             pause_s = min(pause_s * 1.5, 0.05)
+
+    def _note_full(self, product: str) -> None:
+        """Say once that cameras wait, until a frame needs no waiting."""
+        if product not in self._full:
+            self._full.add(product)
+            settings = self._settings
+            bound = f"max_in_flight = {settings.max_in_flight}, max_in_flight_mb = {settings.max_in_flight_mb:g}"
+            if any(is_full for _, is_full in self._memory.values()):
+                bound = f"memory_share = {settings.memory_share:g} of Redis' maxmemory"
+            self._say(
+                f"{product}'s stream is full, the camera waits until frames in it have their verdict: `proctor status` "
+                f"shows whether a replica judges ([publish] {bound})"
+            )
+
+    def _note_room(self, product: str) -> None:
+        if product in self._full:
+            self._full.discard(product)
+            self._say(f"{product}'s stream takes frames without waiting again")
 
     def _shed_in_hand(self, frame: Frame, stop: threading.Event) -> Published:
         self.shed(frame, "stopped while full", stop)

@@ -59,7 +59,8 @@ class SpooledPublisher:
         server: a client that returns bytes; one that fails fast, since `publish` waits for it.
         spool: the camera's spool, closed by `close`.
         settings: bounds, policy and patience.
-        say: told in a line when Redis goes and comes back, or when the disk takes nothing.
+        say: told in a line when Redis goes and comes back, when a full stream makes the camera wait, or when the disk
+            takes nothing.
     """
 
     def __init__(
@@ -73,7 +74,7 @@ class SpooledPublisher:
     ) -> None:
         self._product, self._camera, self._spool, self._say = product, camera, spool, say
         self._settings = settings
-        self._publisher = Publisher(server, settings.model_copy(update={"retry_s": settings.spool_after_s}))
+        self._publisher = Publisher(server, settings.model_copy(update={"retry_s": settings.spool_after_s}), say)
         self._replayer = Replayer(product, camera, self._publisher, spool, say)
         self._first: int | None = None
         self._order = threading.Lock()

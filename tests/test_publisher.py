@@ -105,6 +105,24 @@ def test_a_full_stream_blocks_until_a_frame_is_settled(server, pool):
     assert server.hget(keys.ledger("bolt"), "cam-1:captured") == b"3"
 
 
+def test_that_a_full_stream_makes_a_camera_wait_is_said_once_and_its_end_too(server, pool, monkeypatch):
+    monkeypatch.setattr("producers.publisher._SAY_FULL_AFTER_S", 0.01)
+    said: list[str] = []
+    publisher, stop = Publisher(server, PATIENT, said.append), WatchedStop()
+    fill(publisher)
+    assert not said
+    publishing = pool.submit(publisher.publish, new_frame(3), stop)
+    for _ in range(12):
+        assert stop.waited_on.acquire(timeout=60)
+    server.xtrim(keys.frames("bolt"), maxlen=1)
+    assert publishing.result(timeout=60) is Published.ADDED
+    assert [line.partition(",")[0] for line in said] == ["bolt's stream is full"]
+    server.xtrim(keys.frames("bolt"), maxlen=0)
+    for seq in (4, 5):
+        publisher.publish(new_frame(seq))
+    assert said[1:] == ["bolt's stream takes frames without waiting again"]
+
+
 def test_a_full_stream_holds_up_no_other_product(server):
     publisher = Publisher(server, PATIENT)
     fill(publisher)
