@@ -304,6 +304,7 @@ def main() -> int:
     """Run in the background until SIGTERM, SIGINT or the end of standard input without `KEEP` on it."""
     options = json.loads(sys.argv[1])
     stop = threading.Event()
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
 
     def tell(message: dict[str, object]) -> None:
         with contextlib.suppress(BrokenPipeError):

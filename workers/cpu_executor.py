@@ -1,6 +1,8 @@
 """The engine's work on a CPU: one stream of computation per core, packed convolutions, compiled programs."""
 
 import copy
+import logging
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,6 +25,8 @@ from models.teachers import Teacher
 from workers.compiling import BackgroundCompiler
 from workers.executor import Budget, Executor, Request, Resident
 from workers.heap import keep_freed_memory
+
+logger = logging.getLogger(__name__)
 
 Network = TypeVar("Network", Teacher, Student)
 
@@ -64,6 +68,12 @@ class CpuExecutor(Executor):
         self.device, self.dtype = torch.device("cpu"), dtype
         keep_freed_memory()
         self._threads, self._max_batch = max(1, budget.threads), budget.max_batch
+        if self._threads > (cores := os.cpu_count() or 1):
+            logger.warning(
+                "%d threads take turns on %d cores; as many threads as cores judge as fast, or faster",
+                self._threads,
+                cores,
+            )
         self._streams = ThreadPoolExecutor(self._threads, "stream", initializer=_one_thread)
         self._compiler = BackgroundCompiler() if budget.compiled else None
         self._programs: dict[tuple, Program] = {}
