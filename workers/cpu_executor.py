@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 Network = TypeVar("Network", Teacher, Student)
 
 # Frames computed together: as many as leave a network's activations in a core's share of the cache.
-_CHUNKS, _CHUNK_PIXELS = (1, 4, 8, 16), 8 * 192 * 192
+_CHUNKS, _CHUNK_PIXELS = (1, 2, 4, 8, 16), 8 * 192 * 192
 
 
 @dataclass(frozen=True, eq=False)
