@@ -1,9 +1,11 @@
 """Streams, background compiling and swaps of the engine on a CPU."""
 
+import gc
 import itertools
 import os
 import sys
 import threading
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -141,6 +143,46 @@ def test_more_threads_than_cores_are_said(caplog):
     assert not caplog.text
     CpuExecutor(torch.float32, Budget(threads=cores + 1, compiled=False)).close()
     assert f"{cores + 1} threads take turns on {cores} cores" in caplog.text
+
+
+def test_full_garbage_collections_wait_until_what_is_compiled_is_done():
+    class Node:
+        me: "Node"
+
+    def cycles(count: int) -> list[weakref.ref[Node]]:
+        nodes = [Node() for _ in range(count)]
+        for node in nodes:
+            node.me = node
+        return [weakref.ref(node) for node in nodes[:1]]
+
+    full: list[bool] = []
+    made: list[weakref.ref[Node]] = []
+    thresholds: list[int] = []
+    compiling = threading.Event()
+
+    def task() -> None:
+        compiling.set()
+        thresholds.append(gc.get_threshold()[2])
+        for _ in range(200):
+            made.extend(cycles(1000))
+        compiling.clear()
+
+    def watch(phase: str, info: dict[str, int]) -> None:
+        if phase == "start" and info["generation"] == 2:
+            full.append(compiling.is_set())
+
+    before, compiler = gc.get_threshold(), BackgroundCompiler()
+    gc.callbacks.append(watch)
+    try:
+        compiler.add("task", task)
+        assert compiler.wait(60)
+    finally:
+        gc.callbacks.remove(watch)
+        compiler.close()
+    assert thresholds[0] > 10**9
+    assert full == [False]  # one, after the task
+    assert not any(ref() for ref in made)
+    assert gc.get_threshold() == before
 
 
 def test_what_cannot_be_compiled_is_computed_as_it_is(caplog):

@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import gc
 import itertools
 import logging
 import os
@@ -20,6 +21,7 @@ _TURN_S = 2e-5
 
 _NICENESS, _PATIENCE_S = 19, 5.0
 _LAST = 1 << 30
+_NEVER = 2**31 - 1
 
 
 def cache_folder() -> Path:
@@ -39,9 +41,15 @@ def take_short_turns() -> None:
 
 
 class BackgroundCompiler:
-    """A thread that compiles what it is given, in order; what cannot be compiled is left as it is."""
+    """A thread that compiles what it is given, in order; what cannot be compiled is left as it is.
 
-    def __init__(self) -> None:
+    Args:
+        keeps: what it compiles is never given up, so what is in memory after a task is left out of later garbage
+            collections.
+    """
+
+    def __init__(self, keeps: bool = False) -> None:
+        self._keeps = keeps
         self._tasks: queue.PriorityQueue[tuple[int, int, Callable[[], None] | None]] = queue.PriorityQueue()
         self._numbers = itertools.count()
         self._known: set[Hashable] = set()
@@ -94,7 +102,7 @@ class BackgroundCompiler:
     def _compile(self, task: Callable[[], None]) -> None:
         started = time.monotonic()
         try:
-            with _alone_on_this_machine():
+            with _alone_on_this_machine(), _short_collections(self._keeps):
                 task()
         except Exception as error:  # a compiler's outer edge: it is computed as it is instead
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -114,3 +122,19 @@ def _alone_on_this_machine() -> Iterator[None]:
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+
+
+@contextlib.contextmanager
+def _short_collections(keeps: bool) -> Iterator[None]:
+    """Put off the garbage collector's full passes, for each of which all threads stand still, 0.3 s while a compiler's
+    objects are there, until those are gone.
+    """
+    young, middle, old = gc.get_threshold()
+    gc.set_threshold(young, middle, _NEVER)
+    try:
+        yield
+    finally:
+        gc.set_threshold(young, middle, old)
+        gc.collect()
+        if keeps:
+            gc.freeze()

@@ -75,7 +75,7 @@ class CpuExecutor(Executor):
                 cores,
             )
         self._streams = ThreadPoolExecutor(self._threads, "stream", initializer=_one_thread)
-        self._compiler = BackgroundCompiler() if budget.compiled else None
+        self._compiler = BackgroundCompiler(keeps=True) if budget.compiled else None
         self._programs: dict[tuple, Program] = {}
         self._teachers: dict[tuple[Teacher, int], Teacher] = {}
 
