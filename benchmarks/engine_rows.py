@@ -20,7 +20,7 @@ from models.registry import Registry
 from workers.engine import Budget, Engine, Request, Resident
 
 _ZIPF_BATCHES = 16
-_EACH = 8
+_EACH = 64  # so that filling and draining the device weighs little
 
 
 Image = np.ndarray | torch.Tensor

@@ -19,12 +19,22 @@ if find_spec("triton") is not None:  # torch for CPUs alone comes without
     import triton
     import triton.language as tl
 
+
+def blocks(rows: int, columns: int, depth: int) -> dict[str, int]:
+    """Return a tile of positions by output channels, and what is added to sums at a time, as the kernel takes it."""
+    return {"block_m": rows, "block_n": columns, "block_k": depth}
+
+
 # Fewer input channels than this are unrolled together with the kernel's taps; more fill a tile by themselves.
 _NARROW = 16
 # What the interpreter runs, where there is nothing to tune.
-_FIXED = {"block_m": 32, "block_n": 16, "block_k": 16}
+_FIXED = blocks(32, 16, 16)
+# Rows, columns and depth to choose from. All have 4 warps: with 8, Triton has computed convolutions wrongly whose loop
+# runs over taps and channels alike (inductor's own template is kept to 4 for that).
+TILES = ((32, 32, 32), (64, 64, 32), (128, 64, 32), (64, 64, 64), (128, 128, 32))
+_LAUNCH = {"num_warps": 4, "num_stages": 3}
 # What serves until the tiles are tuned: fair for every layer, and compiled once for each kind of kernel.
-_FIRST = {"block_m": 64, "block_n": 64, "block_k": 32, "num_warps": 4, "num_stages": 3}
+_FIRST = blocks(64, 64, 32) | _LAUNCH
 
 _thread = threading.local()
 
@@ -158,11 +168,7 @@ def _tuned() -> Any:
 
     The batch is no part of the choice for the same reason.
     """
-    tiles = ((32, 32, 32, 4), (64, 64, 32, 4), (128, 64, 32, 4), (128, 128, 64, 8))
-    configs = [
-        triton.Config({"block_m": m, "block_n": n, "block_k": k}, num_warps=warps, num_stages=3)
-        for m, n, k, warps in tiles
-    ]
+    configs = [triton.Config(blocks(*each), **_LAUNCH) for each in TILES]
     key = ["out_height", "channels", "out_channels", "kernel_h", "stride_h"]
     return triton.autotune(configs=configs, key=key, cache_results=True)(kernel())
 

@@ -181,9 +181,11 @@ def _adopt_compiled(captures: Captures, compute: Compute, pause: Pause) -> None:
 
 
 def _adopt_tuned(captures: Captures, compute: Compute, pause: Pause) -> None:
-    """Of every convolution time several forms, which takes minutes and is worth it for full batches."""
+    """Of every convolution time several forms, which takes minutes and is worth it for full batches and for
+    the time of a single frame.
+    """
     with torch.no_grad(), tuning():
-        captures.adopt(_compiled(compute, _TUNED), pause, largest_only=True)
+        captures.adopt(_compiled(compute, _TUNED), pause, ends_only=True)
 
 
 def _compiled(compute: Compute, options: dict[str, Any] | None = None) -> Compute:

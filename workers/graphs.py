@@ -161,16 +161,16 @@ class Captures:
         """Do the job for `capacity` rows, one of the capacities."""
         self._works[capacity]()
 
-    def adopt(self, compute: Compute, pause: Pause, *, largest_only: bool = False) -> None:
+    def adopt(self, compute: Compute, pause: Pause, *, ends_only: bool = False) -> None:
         """Do the job with another function from now on, one capacity after the other.
 
         Args:
             compute: gives what the one before gave.
             pause: no work is queued nor under way in its context.
-            largest_only: leave all other capacities as they are.
+            ends_only: only for full batches and for single frames; other capacities stay as they are.
         """
         capacities = sorted(self._works, reverse=True)
-        for capacity in capacities[:1] if largest_only else capacities:
+        for capacity in dict.fromkeys((capacities[0], capacities[-1])) if ends_only else capacities:
             work = self._graphs.capture(self._job, compute, capacity, patient=True)
             with pause():
                 if capacity in self._works:

@@ -77,6 +77,9 @@ class StudentBank:
         bind(self._student, self.layout.views(self._one))
         self._index = torch.zeros(3 * most, dtype=torch.long, device=self.device)
         capacities = capacities_up_to(most)
+        if self.device.type == "cuda":
+            # the zeros are there before another stream writes versions over them
+            torch.cuda.current_stream(self.device).synchronize()
         self.mixed = Captures(lane.graphs, capacities, self, self.slotted())
         self.plain = Captures(lane.graphs, capacities, self, self.alone())
 
