@@ -164,7 +164,8 @@ def _measure(line: Line, given: Input, frames: int, rounds: int, say: Say) -> di
             loop.append(line.run(cameras, Order(PRODUCT, frames, max_in_flight=in_flight))[0])
         loop_fps = float(np.median(loop))
         say(f"{given.name}: latency at {loop_fps / 2:.0f} frames/s")
-        latency_ms = _latencies(line, cameras, frames // 2, loop_fps / 2, in_flight)
+        settle_s = 0.0 if rounds == 1 else _SETTLE_S
+        latency_ms = _latencies(line, cameras, frames // 2, loop_fps / 2, in_flight, settle_s)
     fps, cpu_ms = (
         {name: round(float(np.median([stages[name][which] for stages in alone])), digits) for name in alone[0]}
         for which, digits in ((0, 1), (1, 3))
@@ -177,11 +178,11 @@ def _measure(line: Line, given: Input, frames: int, rounds: int, say: Say) -> di
     } | _figures(line, fps, cpu_ms, round(loop_fps, 1), latency_ms)
 
 
-def _latencies(line: Line, cameras: Cameras, frames: int, fps: float, in_flight: int) -> np.ndarray:
+def _latencies(line: Line, cameras: Cameras, frames: int, fps: float, in_flight: int, settle_s: float) -> np.ndarray:
     """Latencies at a steady rate, once cameras and loop have started and the server has rewritten the file that full
     speed left behind.
     """
-    settling = min(frames, int(_SETTLE_S * fps))
+    settling = int(settle_s * fps)
     _, latency_ms = line.run(cameras, Order(PRODUCT, settling + frames, fps=fps, max_in_flight=in_flight))
     return latency_ms[settling:]
 

@@ -22,6 +22,7 @@ from producers.settings import PublisherSettings
 
 _ANNOUNCE_EVERY_S = 60.0
 _SAY_FULL_AFTER_S = 2.0
+_SAY_ROOM_BELOW_S = 0.5
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +59,7 @@ class Publisher:
         self, server: redis.Redis, settings: PublisherSettings, say: Callable[[str], None] = logger.warning
     ) -> None:
         self._settings, self._say = settings, say
-        self._full: set[str] = set()
+        self._full: set[tuple[str, str]] = set()  # cameras that were said to wait
         self._announced: dict[str, float] = {}
         self._firsts: dict[tuple[str, str], int] = {}
         self._retention = Retention(settings.retain_s, int(settings.retain_mb * 2**20))
@@ -175,8 +176,8 @@ class Publisher:
                 with self._retention_lock:
                     self._retention.keep(frame, time.monotonic())
                     self.gave_way += int(number)
-                if not waited_s:
-                    self._note_room(frame.product)
+                if waited_s < _SAY_ROOM_BELOW_S:
+                    self._note_room(frame)
                 return Published.ADDED
             if word == "shed":
                 return Published.SHED
@@ -193,26 +194,27 @@ class Publisher:
                 return None
             waited_s += pause_s
             if waited_s > _SAY_FULL_AFTER_S:
-                self._note_full(frame.product)
+                self._note_full(frame)
             pause_s = min(pause_s * 1.5, 0.05)
 
-    def _note_full(self, product: str) -> None:
-        """Say once that cameras wait, until a frame needs no waiting."""
-        if product not in self._full:
-            self._full.add(product)
-            settings = self._settings
-            bound = f"max_in_flight = {settings.max_in_flight}, max_in_flight_mb = {settings.max_in_flight_mb:g}"
-            if any(is_full for _, is_full in self._memory.values()):
-                bound = f"memory_share = {settings.memory_share:g} of Redis' maxmemory"
-            self._say(
-                f"{product}'s stream is full, the camera waits until frames in it have their verdict: `proctor status` "
-                f"shows whether a replica judges ([publish] {bound})"
-            )
+    def _note_full(self, frame: Frame) -> None:
+        """Say once that a camera's frames wait, until one goes in soon."""
+        camera, settings = (frame.product, frame.camera), self._settings
+        if camera in self._full:
+            return
+        self._full.add(camera)
+        bound = f"max_in_flight = {settings.max_in_flight}, max_in_flight_mb = {settings.max_in_flight_mb:g}"
+        if self._memory.get(self._node(frame.product), (0.0, False))[1]:
+            bound = f"memory_share = {settings.memory_share:g} of Redis' maxmemory"
+        self._say(
+            f"{frame.product}'s stream is full, frames of {frame.camera} wait until others in it have their verdict: "
+            f"`proctor status` shows whether a replica judges ([publish] {bound})"
+        )
 
-    def _note_room(self, product: str) -> None:
-        if product in self._full:
-            self._full.discard(product)
-            self._say(f"{product}'s stream takes frames without waiting again")
+    def _note_room(self, frame: Frame) -> None:
+        if (frame.product, frame.camera) in self._full:
+            self._full.discard((frame.product, frame.camera))
+            self._say(f"{frame.product}'s stream takes frames of {frame.camera} again")
 
     def _shed_in_hand(self, frame: Frame, stop: threading.Event) -> Published:
         self.shed(frame, "stopped while full", stop)
@@ -301,12 +303,17 @@ class Publisher:
         self._announce(product)
         return reply.replace("first", "added")
 
+    def _node(self, product: str) -> Any:
+        """The node of a cluster that has the product's frames; None without a cluster."""
+        server: Any = self._server
+        return server.get_node_from_key(keys.frames(product)) if is_cluster(server) else None
+
     def _memory_is_full(self, product: str) -> bool:
         """Whether the server's memory is nearly used up, in a cluster that of the product's node; looked up twice a
         second.
         """
         server: Any = self._server
-        node = server.get_node_from_key(keys.frames(product)) if is_cluster(server) else None
+        node = self._node(product)
         read_at, is_full = self._memory.get(node, (float("-inf"), False))
         if time.monotonic() - read_at > 0.5:
             memory = server.info("memory") if node is None else server.info("memory", target_nodes=node)

@@ -44,14 +44,14 @@ def test_any_number_of_streams_gives_the_same(versions):
         (8, 2, [4, 4]),
         (16, 2, [8, 8]),
         (24, 2, [8, 8, 4, 4]),
-        (12, 2, [4, 4, 1, 1, 1, 1]),
-        (7, 2, [4, 1, 1, 1]),
+        (12, 2, [4, 4, 2, 2]),
+        (7, 2, [4, 2, 1]),
         (20, 1, [16, 4]),
         (1, 4, [1]),
     ],
 )
 def test_streams_get_equal_shares_in_few_parts(frames, streams, parts):
-    assert cpu_executor.cut(frames, streams, (1, 4, 8, 16)) == parts
+    assert cpu_executor.cut(frames, streams, cpu_executor._CHUNKS) == parts
 
 
 def test_a_failing_stream_is_an_error_of_the_batch_and_of_no_other(engine, residents, monkeypatch):

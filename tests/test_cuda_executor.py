@@ -1,5 +1,6 @@
 """The executor of a GPU, run on the CPU: its buffers, slots and order of work; what needs a GPU is at the end."""
 
+import contextlib
 import gc
 import threading
 import time
@@ -551,6 +552,18 @@ def test_a_version_does_not_wait_for_what_is_compiled_for_others(versions, monke
         captures = Captures(made, (1, 4), Work(), "plain")
     captures(4)
     assert (done, captures.lacks_graphs) == ([("plain", 4)], True)
+
+
+def test_what_takes_minutes_is_done_for_full_batches_and_single_frames_only():
+    class Told:
+        exist = False
+
+        def capture(self, job, compute, capacity, patient=False):
+            return compute, capacity
+
+    captures = Captures(Told(), (1, 2, 4, 8), None, "plain")
+    captures.adopt("tuned", contextlib.nullcontext, ends_only=True)
+    assert captures._works == {8: ("tuned", 8), 4: ("plain", 4), 2: ("plain", 2), 1: ("tuned", 1)}
 
 
 def test_a_failing_compiler_is_heard_once_and_costs_nothing(versions, monkeypatch, caplog):

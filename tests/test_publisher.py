@@ -107,6 +107,7 @@ def test_a_full_stream_blocks_until_a_frame_is_settled(server, pool):
 
 def test_that_a_full_stream_makes_a_camera_wait_is_said_once_and_its_end_too(server, pool, monkeypatch):
     monkeypatch.setattr("producers.publisher._SAY_FULL_AFTER_S", 0.01)
+    monkeypatch.setattr("producers.publisher._SAY_ROOM_BELOW_S", 0.001)
     said: list[str] = []
     publisher, stop = Publisher(server, PATIENT, said.append), WatchedStop()
     fill(publisher)
@@ -120,7 +121,7 @@ def test_that_a_full_stream_makes_a_camera_wait_is_said_once_and_its_end_too(ser
     server.xtrim(keys.frames("bolt"), maxlen=0)
     for seq in (4, 5):
         publisher.publish(new_frame(seq))
-    assert said[1:] == ["bolt's stream takes frames without waiting again"]
+    assert said[1:] == ["bolt's stream takes frames of cam-1 again"]
 
 
 def test_a_full_stream_holds_up_no_other_product(server):

@@ -93,6 +93,7 @@ class CpuExecutor(Executor):
             pack(ready, (inputs[0], inputs[1:]), compiled=self._compiler is not None)
         state = state_of(ready)
         teacher_state = state_of(packed)
+        dtype = self.dtype  # a program that held the executor would live as long as what is never collected
         # How a layer is laid out depends on the input size, so two sizes need not be one build of a teacher either.
         teaching = (teacher.name, *_described(teacher_state))
         build = (detector.model_dump_json(), teacher.name, card.input_size, *_described(state))
@@ -102,7 +103,7 @@ class CpuExecutor(Executor):
             student=ready,
             teacher=teacher,
             nbytes=sum(_nbytes(each) for each in state.values()),
-            teaching=self._program(teaching, packed, lambda net, images: _taught(net, self.dtype, images)),
+            teaching=self._program(teaching, packed, lambda net, images: _taught(net, dtype, images)),
             studying=self._program(build, ready, lambda net, images, *features: infer(detector, net, images, features)),
             packed_teacher=packed,
             teacher_state=teacher_state,
