@@ -22,7 +22,6 @@ _TURN_S = 2e-5
 _NICENESS, _PATIENCE_S = 19, 5.0
 _LAST = 1 << 30
 _NEVER = 2**31 - 1
-_collecting = threading.Lock()
 
 
 def cache_folder() -> Path:
@@ -101,15 +100,9 @@ class BackgroundCompiler:
                 self._changed.notify_all()
 
     def _compile(self, task: Callable[[], None]) -> None:
-        with _short_collections():
-            self._try(task)
-        if self._keeps:
-            gc.freeze()
-
-    def _try(self, task: Callable[[], None]) -> None:
         started = time.monotonic()
         try:
-            with _alone_on_this_machine():
+            with _alone_on_this_machine(), _short_collections():
                 task()
         except Exception as error:  # a compiler's outer edge: it is computed as it is instead
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -118,6 +111,8 @@ class BackgroundCompiler:
             self._reasons.add(reason)
         else:
             logger.info("compiled in %.1f s", time.monotonic() - started)
+            if self._keeps:
+                gc.freeze()
 
 
 @contextlib.contextmanager
@@ -136,11 +131,10 @@ def _short_collections() -> Iterator[None]:
     """Put off the garbage collector's full passes, for each of which all threads stand still, 0.3 s while a compiler's
     objects are there, until those are gone.
     """
-    with _collecting:
-        young, middle, old = gc.get_threshold()
-        gc.set_threshold(young, middle, _NEVER)
-        try:
-            yield
-        finally:
-            gc.collect()
-            gc.set_threshold(young, middle, old)
+    young, middle, old = gc.get_threshold()
+    gc.set_threshold(young, middle, _NEVER)
+    try:
+        yield
+    finally:
+        gc.collect()
+        gc.set_threshold(young, middle, old)
